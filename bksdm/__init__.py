@@ -1,0 +1,1 @@
+"""The BK-SDM model family: variants as rows of a table, block removal, checkpoints."""

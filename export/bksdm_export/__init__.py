@@ -1,0 +1,1 @@
+"""Stable Diffusion checkpoint -> verified ONNX bundle."""

@@ -1,0 +1,1 @@
+"""Torch-free sampling of an exported Stable Diffusion bundle."""

@@ -1,0 +1,1 @@
+"""Training: the demo teacher, and distillation of block-removed students."""
