@@ -1,0 +1,183 @@
+"""The bundle: the folder that export writes and everything downstream reads. This file owns its checks on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from bksdm_runtime.manifest import (
+    MANIFEST_NAME,
+    SCHEDULER_CONFIG,
+    SCHEMA_VERSION,
+    BundleError,
+    Component,
+    FileRecord,
+    Licence,
+    Manifest,
+    ModelFacts,
+    TensorSpec,
+)
+from bksdm_runtime.strict_json import JsonError, parse_object
+
+__all__ = [  # the schema's names belong to the bundle: writers import them from here
+    "MANIFEST_NAME",
+    "SCHEDULER_CONFIG",
+    "SCHEMA_VERSION",
+    "Bundle",
+    "BundleError",
+    "Component",
+    "FileRecord",
+    "Licence",
+    "Manifest",
+    "ModelFacts",
+    "TensorSpec",
+    "demo",
+    "file_records",
+    "file_sha256",
+    "load",
+]
+
+ENGINES_FOLDER = "engines"  # built on the user's own machine, each with the key that made it; never part of the hashes
+TOKENIZER_FOLDER = "tokenizer"
+
+# A real manifest has under 100 kB; past this the file is not one, and is refused unread.
+MAX_MANIFEST_BYTES = 8 * 1024 * 1024
+# Left in any folder by a desktop that looked into it.
+_DESKTOP_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that passed its checks. sha256: of bundle.json, which pins every other file: the bundle's hash."""
+
+    root: Path
+    manifest: Manifest
+    scheduler_config: Mapping[str, object]
+    sha256: str
+
+    def component_path(self, name: str) -> Path:
+        """Path of a component's graph. Raises BundleError when the bundle has no such component."""
+        if name not in self.manifest.components:
+            has = ", ".join(self.manifest.components)
+            raise BundleError(f"bundle {self.root} has no {name} (it has {has})")
+        return self.root / self.manifest.components[name].path
+
+
+def load(folder: Path | str, *, verify: bool = True) -> Bundle:
+    """Open a bundle and check all of it: schema, paths, sizes, shapes, and with `verify` the SHA-256 of every file.
+
+    A file that bundle.json does not list is refused in a folder that holds listed files (a graph could read it as its
+    weights); beside them, at the top or in engines/, it is ignored. Raises BundleError.
+    """
+    root = Path(folder)
+    try:
+        return _load(root.resolve(), verify)
+    except JsonError as error:
+        raise BundleError(f"bundle {root}: {error}") from None
+    except BundleError as error:
+        raise BundleError(f"bundle {root}: {error}") from None
+    except OSError as error:
+        raise BundleError(f"bundle {root} cannot be read: {error}") from None
+
+
+def demo() -> Path:
+    """Folder of the bundle that ships in the wheel. Raises BundleError when this build has none."""
+    folder = Path(__file__).parent / "demo"
+    if not (folder / MANIFEST_NAME).is_file():
+        raise BundleError(f"this build of bksdm ships no demo bundle ({folder} has no {MANIFEST_NAME})")
+    return folder
+
+
+def file_records(folder: Path) -> dict[str, FileRecord]:
+    """Size and SHA-256 of every regular file, except bundle.json, engines/ and what a desktop left behind.
+
+    Keys are posix paths relative to the folder, sorted.
+    """
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in _DESKTOP_FILES
+    )
+    names = [name for name in names if name != MANIFEST_NAME and not name.startswith(ENGINES_FOLDER + "/")]
+    hashes = _sha256_of(folder, names)
+    return {name: FileRecord((folder / name).stat().st_size, hashes[name]) for name in names}
+
+
+def _sha256_of(root: Path, names: Iterable[str]) -> dict[str, str]:
+    paths = {name: root / name for name in names}
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        return dict(zip(paths, pool.map(file_sha256, paths.values()), strict=True))
+
+
+def file_sha256(path: Path) -> str:
+    """Lower-case hexadecimal SHA-256, read in 1 MiB blocks."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
+def _load(root: Path, verify: bool) -> Bundle:
+    if not root.is_dir():
+        raise BundleError("there is no such folder")
+    if not (root / MANIFEST_NAME).is_file():
+        hint = " (a diffusers checkpoint: export it first)" if (root / "model_index.json").is_file() else ""
+        raise BundleError(f"it has no {MANIFEST_NAME}{hint}: bksdm-export writes bundles")
+    text, sha256 = _read_text(root, MANIFEST_NAME)
+    manifest = Manifest.from_json(text)
+    for name, record in manifest.files.items():
+        _check_file(root, name, record)
+    _refuse_unlisted(root, manifest)
+    if verify:
+        for name, found in _sha256_of(root, manifest.files).items():
+            expected = manifest.files[name].sha256
+            if found != expected:
+                raise BundleError(
+                    f"{name} was changed or damaged (sha256 {found[:12]}, {MANIFEST_NAME} says {expected[:12]}): "
+                    "copy or export the bundle again"
+                )
+    scheduler_text, _ = _read_text(root, SCHEDULER_CONFIG)
+    try:
+        scheduler_config = parse_object(scheduler_text)
+    except JsonError as error:
+        raise BundleError(f"{SCHEDULER_CONFIG}: {error}") from None
+    return Bundle(root, manifest, scheduler_config, sha256)
+
+
+def _read_text(root: Path, name: str) -> tuple[str, str]:
+    path = root / name
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{name} is too large to be one ({path.stat().st_size:,} bytes)")
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8"), hashlib.sha256(content).hexdigest()
+    except UnicodeDecodeError:
+        raise BundleError(f"{name} is not UTF-8 text") from None
+
+
+def _check_file(root: Path, name: str, record: FileRecord) -> None:
+    path = root / name
+    if not path.is_file():
+        raise BundleError(f"{name} is missing: copy or export the bundle again")
+    if not path.resolve().is_relative_to(root):
+        raise BundleError(f"{name} is a link that leaves the folder: copy the files themselves (cp -rL)")
+    found = path.stat().st_size
+    if found != record.bytes:
+        raise BundleError(
+            f"{name} has {found:,} bytes, {MANIFEST_NAME} says {record.bytes:,}: copy or export the bundle again"
+        )
+
+
+def _refuse_unlisted(root: Path, manifest: Manifest) -> None:
+    folders = {PurePosixPath(name).parent for name in manifest.files} - {PurePosixPath()}
+    for folder in sorted(folders):
+        for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+            name = (folder / entry.name).as_posix()
+            if entry.is_file() and name not in manifest.files and entry.name not in _DESKTOP_FILES:
+                raise BundleError(f"{name} is not listed in {MANIFEST_NAME}: remove it, or export the bundle again")

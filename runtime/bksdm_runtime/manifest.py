@@ -1,0 +1,275 @@
+"""What bundle.json says: the schema, how it is written and read, and what must agree inside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+from bksdm_runtime.strict_json import Fields, JsonError, parse_object
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "bundle.json"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+PRECISIONS = ("fp32", "fp16")
+MAX_FILES = 10_000
+_MAX_FILE_BYTES = 1 << 50
+_FLOATS = ("float32", "float16")
+_INTEGERS = ("int32", "int64")
+
+
+class BundleError(Exception):
+    """A bundle that cannot be trusted or used; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph. dtype: float32, float16, int32 or int64; a dynamic axis is its name."""
+
+    name: str
+    dtype: str
+    axes: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One graph. path: posix, relative to the bundle."""
+
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be: its size in bytes and the lower-case hexadecimal SHA-256 of its content."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the pipeline must know about the model.
+
+    height, width: default size in pixels, multiples of size_multiple; scaling_factor: latents are the VAE's times this.
+    """
+
+    tokens: int
+    context_dim: int
+    latent_channels: int
+    vae_scale_factor: int
+    scaling_factor: float
+    size_multiple: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Licence of the weights. file: path of the notice, posix, relative to the bundle."""
+
+    name: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of bundle.json.
+
+    precision: dtype of the graphs' arithmetic, fp32 or fp16; storage: dtype of the stored weights, fp32 or fp16.
+    parity: what was compared with PyTorch, free-form; tools: name -> version of what made the bundle.
+    """
+
+    variant: str
+    source: str
+    precision: str
+    storage: str
+    model: ModelFacts
+    components: Mapping[str, Component]
+    files: Mapping[str, FileRecord]
+    parity: Mapping[str, object]
+    licence: Licence
+    tools: Mapping[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """The text of bundle.json; equal manifests give equal bytes. Raises ValueError on a NaN in `parity`."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read and check every field, and the components against one another. Raises BundleError."""
+        try:
+            manifest = _manifest(Fields(parse_object(text), ""))
+            _check_components(manifest)
+        except JsonError as error:
+            raise BundleError(f"{MANIFEST_NAME}: {error}") from None
+        return manifest
+
+
+def check_path(name: str) -> str:
+    """Return `name` when it is a plain relative posix path below a folder. Raises JsonError otherwise."""
+    parts = name.split("/")
+    if "\\" in name or ":" in name or "\n" in name or any(part in ("", ".", "..") for part in parts):
+        raise JsonError(f"{ascii(name)[:80]} is not a path inside the bundle")
+    return name
+
+
+def _manifest(fields: Fields) -> Manifest:
+    version = fields.integer("schema_version", 0, 1 << 31)
+    if version != SCHEMA_VERSION:
+        advice = "upgrade bksdm" if version > SCHEMA_VERSION else "export the bundle again"
+        raise JsonError(f"schema version {version} is unknown (this bksdm reads {SCHEMA_VERSION}): {advice}")
+    fields.only(*Manifest.__dataclass_fields__)
+    model = fields.fields("model")
+    model.only(*ModelFacts.__dataclass_fields__)
+    licence = fields.fields("licence")
+    licence.only("name", "file")
+    files: dict[str, FileRecord] = {}
+    for name, record in fields.fields("files").items():
+        record.only("bytes", "sha256")
+        sha256 = record.text("sha256")
+        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+            raise JsonError(f"{record.where}.sha256 must be 64 lower-case hexadecimal digits")
+        files[check_path(name)] = FileRecord(record.integer("bytes", 0, _MAX_FILE_BYTES), sha256)
+    if len(files) > MAX_FILES:
+        raise JsonError(f"files lists {len(files):,} files, at most {MAX_FILES:,} are read")
+    components: dict[str, Component] = {}
+    for name, component in fields.fields("components").items():
+        component.only("path", "inputs", "outputs")
+        components[name] = Component(
+            check_path(component.text("path")), _tensor_specs(component, "inputs"), _tensor_specs(component, "outputs")
+        )
+    return Manifest(
+        variant=fields.text("variant"),
+        source=fields.text("source"),
+        precision=fields.choice("precision", PRECISIONS),
+        storage=fields.choice("storage", PRECISIONS),
+        model=ModelFacts(
+            tokens=model.integer("tokens", 2, 4096),
+            context_dim=model.integer("context_dim", 1, 65536),
+            latent_channels=model.integer("latent_channels", 1, 1024),
+            vae_scale_factor=model.integer("vae_scale_factor", 1, 64),
+            scaling_factor=model.number("scaling_factor"),
+            size_multiple=model.integer("size_multiple", 1, 1024),
+            height=model.integer("height", 1, 16384),
+            width=model.integer("width", 1, 16384),
+        ),
+        components=components,
+        files=files,
+        parity=fields.mapping("parity"),
+        licence=Licence(licence.text("name"), check_path(licence.text("file"))),
+        tools=fields.texts("tools"),
+        schema_version=version,
+    )
+
+
+def _tensor_specs(component: Fields, name: str) -> tuple[TensorSpec, ...]:
+    specs: list[TensorSpec] = []
+    for value, where in component.array(name, 16):
+        fields = Fields(value, where)
+        fields.only("name", "dtype", "axes")
+        axes: list[str | int] = []
+        for axis, place in fields.array("axes", 8):
+            named = isinstance(axis, str) and axis != "" and axis.isprintable()
+            sized = isinstance(axis, int) and not isinstance(axis, bool) and 0 < axis < 1 << 31
+            if not isinstance(axis, (str, int)) or not (named or sized):
+                raise JsonError(f"{place} must be a positive whole number or the name of a dynamic axis")
+            axes.append(axis)
+        specs.append(TensorSpec(fields.text("name"), fields.choice("dtype", _FLOATS + _INTEGERS), tuple(axes)))
+    if len({spec.name for spec in specs}) != len(specs):
+        raise JsonError(f"{component.where}.{name} has a tensor name twice")
+    return tuple(specs)
+
+
+# Axes of the I/O contract: a name in `_sized` must have that size; any other is dynamic.
+# The graphs may have more outputs (a pooler), never more inputs: nothing would feed them.
+_CONTRACT: Mapping[str, tuple[Mapping[str, tuple[tuple[str, ...], str]], Mapping[str, tuple[tuple[str, ...], str]]]] = {
+    "text_encoder": (
+        {"input_ids": (_INTEGERS, "batch tokens")},
+        {"last_hidden_state": (_FLOATS, "batch tokens context")},
+    ),
+    "unet": (
+        {
+            "sample": (_FLOATS, "batch latents height width"),
+            "timestep": (_FLOATS + _INTEGERS, "batch"),
+            "encoder_hidden_states": (_FLOATS, "batch tokens context"),
+        },
+        {"out_sample": (_FLOATS, "batch latents height width")},
+    ),
+    "vae_decoder": (
+        {"latent_sample": (_FLOATS, "batch latents height width")},
+        {"sample": (_FLOATS, "batch rgb height width")},
+    ),
+    "vae_encoder": (
+        {"sample": (_FLOATS, "batch rgb height width")},
+        {"latent_parameters": (_FLOATS, "batch moments height width")},
+    ),
+}
+_OPTIONAL_COMPONENTS = ("vae_encoder",)
+
+
+def _check_components(manifest: Manifest) -> None:
+    """The facts, the files and the graphs against one another. Raises JsonError."""
+    facts = manifest.model
+    if not facts.scaling_factor > 0:
+        raise JsonError(f"model.scaling_factor must be positive, found {facts.scaling_factor}")
+    if facts.size_multiple % facts.vae_scale_factor:
+        raise JsonError(
+            f"model.size_multiple ({facts.size_multiple}) must be a multiple of "
+            f"model.vae_scale_factor ({facts.vae_scale_factor})"
+        )
+    for side, pixels in (("height", facts.height), ("width", facts.width)):
+        if pixels % facts.size_multiple:
+            raise JsonError(
+                f"model.{side} ({pixels}) must be a multiple of model.size_multiple ({facts.size_multiple})"
+            )
+    listed = [manifest.licence.file, SCHEDULER_CONFIG, *(part.path for part in manifest.components.values())]
+    for path in listed:
+        if path not in manifest.files:
+            raise JsonError(f"files does not list {path}")
+    for name in _CONTRACT:
+        if name not in manifest.components and name not in _OPTIONAL_COMPONENTS:
+            raise JsonError(f"components.{name} is missing")
+    for name, component in manifest.components.items():
+        if name not in _CONTRACT:
+            raise JsonError(f"components.{name} is unknown (known: {', '.join(_CONTRACT)})")
+        _check_graph(name, component, manifest)
+
+
+def _check_graph(name: str, component: Component, manifest: Manifest) -> None:
+    facts = manifest.model
+    sizes = {
+        "tokens": facts.tokens,
+        "context": facts.context_dim,
+        "latents": facts.latent_channels,
+        "rgb": 3,
+        "moments": 2 * facts.latent_channels,  # mean, then logarithm of the variance
+    }
+    for side, specs, expected in zip(
+        ("inputs", "outputs"), (component.inputs, component.outputs), _CONTRACT[name], strict=True
+    ):
+        found = {spec.name: spec for spec in specs}
+        where = f"components.{name}.{side}"
+        missing = [tensor for tensor in expected if tensor not in found]
+        extra = [tensor for tensor in found if tensor not in expected] if side == "inputs" else []
+        if missing or extra:
+            raise JsonError(f"{where} must be {', '.join(expected)}, found {', '.join(found) or 'none'}")
+        for tensor, (dtypes, axes) in expected.items():
+            spec = found[tensor]
+            if spec.dtype not in dtypes:
+                raise JsonError(f"{where}: {tensor} must be {' or '.join(dtypes)}, found {spec.dtype}")
+            if spec.dtype == "float16" and manifest.precision == "fp32":
+                raise JsonError(f"{where}: {tensor} is float16 in a bundle of precision fp32")
+            wanted = [sizes.get(axis, axis) for axis in axes.split()]
+            fits = len(wanted) == len(spec.axes) and all(
+                isinstance(has, str) if isinstance(want, str) else has == want
+                for want, has in zip(wanted, spec.axes, strict=True)
+            )
+            if not fits:
+                raise JsonError(f"{where}: {tensor} must be {_shape(wanted)}, found {_shape(spec.axes)}")
+
+
+def _shape(axes: Iterable[str | int]) -> str:
+    return "[" + ", ".join(str(axis) for axis in axes) + "]"

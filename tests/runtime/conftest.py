@@ -1,0 +1,233 @@
+"""A toy bundle: true to the contract and to the real tokenizer, deterministic, and milliseconds to run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from bksdm_runtime import bundle as bundles
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+TOKENS, CONTEXT, LATENTS, HIDDEN, VOCABULARY = 77, 16, 4, 8, 49_408
+SCALING_FACTOR = 0.18215
+CLIP_TOKENIZER = Path(__file__).parents[2] / "bksdm" / "clip_tokenizer"
+SCHEDULER_CONFIG: dict[str, object] = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.39.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+
+
+@dataclass(frozen=True)
+class ToyWeights:
+    """The toy model's numbers, so that a test can compute the same model without ONNX."""
+
+    embedding: NDArray[np.float32]  # [49408, D]
+    conv_in: NDArray[np.float32]  # [C, 4, 3, 3]
+    time: NDArray[np.float32]  # [C]
+    context: NDArray[np.float32]  # [D, C]
+    conv_out: NDArray[np.float32]  # [4, C, 3, 3]
+    decoder: NDArray[np.float32]  # [3, 4, 1, 1]
+    encoder: NDArray[np.float32]  # [8, 3, 8, 8]
+
+
+def toy_weights() -> ToyWeights:
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> NDArray[np.float32]:
+        return (scale * random.standard_normal(shape)).astype(np.float32)
+
+    return ToyWeights(
+        embedding=draw(VOCABULARY, CONTEXT),
+        conv_in=draw(HIDDEN, LATENTS, 3, 3, scale=0.2),
+        time=draw(HIDDEN),
+        context=draw(CONTEXT, HIDDEN, scale=0.5),
+        conv_out=draw(LATENTS, HIDDEN, 3, 3, scale=0.2),
+        decoder=draw(3, LATENTS, 1, 1, scale=0.1),
+        encoder=draw(2 * LATENTS, 3, 8, 8, scale=0.02),
+    )
+
+
+def write_toy_bundle(folder: Path, *, dtype: str = "float32", vae_encoder: bool = True) -> Path:
+    """Write the toy model as a bundle. dtype: of the graphs' arithmetic and of their inputs and outputs."""
+    weights = toy_weights()
+    writers: dict[str, Callable[[ToyWeights, str], onnx.GraphProto]] = {
+        "text_encoder": _text_encoder,
+        "unet": _unet,
+        "vae_decoder": _vae_decoder,
+    }
+    if vae_encoder:
+        writers["vae_encoder"] = _vae_encoder
+    components: dict[str, bundles.Component] = {}
+    for name, write in writers.items():
+        graph = write(weights, dtype)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        onnx.checker.check_model(model)
+        (folder / name).mkdir(parents=True)
+        onnx.save(model, folder / name / "model.onnx")
+        components[name] = bundles.Component(f"{name}/model.onnx", _specs(graph.input), _specs(graph.output))
+    shutil.copytree(CLIP_TOKENIZER, folder / "tokenizer")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER_CONFIG))
+    (folder / "LICENSE").write_text("A toy: do what you like.\n")
+    precision = "fp16" if dtype == "float16" else "fp32"
+    manifest = bundles.Manifest(
+        variant="toy",
+        source="tests",
+        precision=precision,
+        storage=precision,
+        model=bundles.ModelFacts(TOKENS, CONTEXT, LATENTS, 8, SCALING_FACTOR, 64, 64, 64),
+        components=components,
+        files=bundles.file_records(folder),
+        parity={},
+        licence=bundles.Licence("CC0-1.0", "LICENSE"),
+        tools={"onnx": onnx.__version__},
+    )
+    (folder / "bundle.json").write_text(manifest.to_json())
+    return folder
+
+
+def rewrite_manifest(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
+    """Apply `change` to the parsed bundle.json and write it back."""
+    path = folder / "bundle.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy bundle; read-only by agreement (see `toy_copy`)."""
+    return write_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
+
+
+@pytest.fixture
+def toy_copy(toy_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the toy bundle that a test may damage."""
+    return shutil.copytree(toy_bundle, tmp_path / "bundle")
+
+
+def _text_encoder(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
+    nodes = [helper.make_node("Gather", ["embedding", "input_ids"], ["last_hidden_state"], axis=0)]
+    return _graph(
+        nodes,
+        [_tensor("input_ids", "int32", ["batch", TOKENS])],
+        [_tensor("last_hidden_state", dtype, ["batch", TOKENS, CONTEXT])],
+        {"embedding": weights.embedding.astype(dtype)},
+    )
+
+
+def _unet(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
+    """conv -> + sin(t / 1000 * w) + mean(context) @ W -> tanh -> conv, plus half the input: non-linear in everything."""
+    size = [HIDDEN, 1, 1]
+    nodes = [
+        helper.make_node("Conv", ["sample", "conv_in"], ["hidden"], pads=[1, 1, 1, 1]),
+        helper.make_node("Mul", ["timestep", "thousandth"], ["t"]),
+        helper.make_node("Unsqueeze", ["t", "last"], ["t_column"]),
+        helper.make_node("Mul", ["t_column", "time"], ["phase"]),
+        helper.make_node("Sin", ["phase"], ["time_embedding"]),
+        helper.make_node("ReduceMean", ["encoder_hidden_states", "middle"], ["pooled"], keepdims=0),
+        helper.make_node("MatMul", ["pooled", "context"], ["context_embedding"]),
+        helper.make_node("Add", ["time_embedding", "context_embedding"], ["embedding"]),
+        helper.make_node("Reshape", ["embedding", "per_channel"], ["bias"]),
+        helper.make_node("Add", ["hidden", "bias"], ["biased"]),
+        helper.make_node("Tanh", ["biased"], ["active"]),
+        helper.make_node("Conv", ["active", "conv_out"], ["change"], pads=[1, 1, 1, 1]),
+        helper.make_node("Mul", ["sample", "half"], ["halved"]),
+        helper.make_node("Add", ["change", "halved"], ["out_sample"]),
+    ]
+    latents = ["batch", LATENTS, "height", "width"]
+    return _graph(
+        nodes,
+        [
+            _tensor("sample", dtype, latents),
+            _tensor("timestep", dtype, ["batch"]),
+            _tensor("encoder_hidden_states", dtype, ["batch", TOKENS, CONTEXT]),
+        ],
+        [_tensor("out_sample", dtype, latents)],
+        {
+            "conv_in": weights.conv_in.astype(dtype),
+            "conv_out": weights.conv_out.astype(dtype),
+            "time": weights.time.astype(dtype),
+            "context": weights.context.astype(dtype),
+            "thousandth": np.array(0.001, dtype),
+            "half": np.array(0.5, dtype),
+            "last": np.array([1]),
+            "middle": np.array([1]),
+            "per_channel": np.array([-1, *size]),
+        },
+    )
+
+
+def _vae_decoder(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
+    nodes = [
+        helper.make_node("Conv", ["latent_sample", "decoder"], ["small"]),
+        helper.make_node("Resize", ["small", "", "scales"], ["sample"], mode="nearest"),
+    ]
+    return _graph(
+        nodes,
+        [_tensor("latent_sample", dtype, ["batch", LATENTS, "height", "width"])],
+        [_tensor("sample", dtype, ["batch", 3, "image_height", "image_width"])],
+        {"decoder": weights.decoder.astype(dtype), "scales": np.array([1, 1, 8, 8], np.float32)},
+    )
+
+
+def _vae_encoder(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
+    nodes = [helper.make_node("Conv", ["sample", "encoder"], ["latent_parameters"], strides=[8, 8])]
+    return _graph(
+        nodes,
+        [_tensor("sample", dtype, ["batch", 3, "image_height", "image_width"])],
+        [_tensor("latent_parameters", dtype, ["batch", 2 * LATENTS, "height", "width"])],
+        {"encoder": weights.encoder.astype(dtype)},
+    )
+
+
+def _graph(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    constants: dict[str, NDArray[np.generic]],
+) -> onnx.GraphProto:
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    return helper.make_graph(nodes, "toy", inputs, outputs, initializers)
+
+
+_ONNX_DTYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+}
+
+
+def _tensor(name: str, dtype: str, axes: Sequence[str | int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, _ONNX_DTYPES[dtype], axes)
+
+
+def _specs(tensors: Sequence[onnx.ValueInfoProto]) -> tuple[bundles.TensorSpec, ...]:
+    names = {number: name for name, number in _ONNX_DTYPES.items()}
+    return tuple(
+        bundles.TensorSpec(
+            tensor.name,
+            names[tensor.type.tensor_type.elem_type],
+            tuple(axis.dim_param or axis.dim_value for axis in tensor.type.tensor_type.shape.dim),
+        )
+        for tensor in tensors
+    )
