@@ -1,0 +1,123 @@
+"""A checkpoint as a folder in diffusers' layout: written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from bksdm import vocabulary
+from bksdm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from bksdm.checkpoint import Checkpoint
+
+INDEX = "model_index.json"
+RECORD = "bksdm.json"  # what diffusers' layout has no place for: our variant, where the weights came from, the licence
+CLIP_PREFIX = "text_model."
+
+
+def save(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write `checkpoint` as `folder`; see bksdm.checkpoint.save."""
+    folder = Path(folder).resolve()
+    _refuse_foreign(folder)
+    # Not hidden: what a killed process left behind should be seen, and deleted, by the user.
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    replaced = folder.with_name(f"{folder.name}.replaced-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write(checkpoint, partial, dtype)
+        # Two renames: a kill between them leaves the old checkpoint whole under its .replaced name, never a mixture.
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as reason:
+        raise CheckpointError(f"cannot write {folder}: {getattr(reason, 'strerror', None) or reason}") from reason
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.is_dir():
+        if any(folder.iterdir()) and not (folder / INDEX).is_file():
+            raise CheckpointError(f"{folder} holds something that is not a checkpoint: choose another folder")
+    elif folder.exists():
+        raise CheckpointError(f"{folder} is a file, not a folder: choose another name")
+
+
+def _write(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
+    write_json(folder / INDEX, _model_index(str(checkpoint.scheduler_config["_class_name"])))
+    write_json(
+        folder / RECORD,
+        {"variant": checkpoint.variant, "source": checkpoint.source, "licence": checkpoint.licence.name},
+    )
+    (folder / "LICENSE").write_text(checkpoint.licence.notice, encoding="utf-8")
+    vocabulary.save(checkpoint.tokenizer, folder / "tokenizer")
+
+    scheduler = {**checkpoint.scheduler_config, "_diffusers_version": diffusers.__version__}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+
+    for name, model in (("unet", checkpoint.unet), ("vae", checkpoint.vae)):
+        config = json.loads(model.to_json_string())
+        config.pop("_name_or_path", None)  # a path on the machine that loaded it
+        write_json(folder / name / "config.json", config)
+        _write_tensors(model.state_dict(), folder / name / "diffusion_pytorch_model.safetensors", dtype)
+
+    text_config = json.loads(checkpoint.text_encoder.config.to_json_string(use_diff=True))
+    for key in ("_name_or_path", "dtype", "torch_dtype"):
+        text_config.pop(key, None)
+    write_json(folder / "text_encoder" / "config.json", {**text_config, "architectures": ["CLIPTextModel"]})
+    tensors = {with_clip_prefix(key): tensor for key, tensor in checkpoint.text_encoder.state_dict().items()}
+    _write_tensors(tensors, folder / "text_encoder" / "model.safetensors", dtype)
+
+
+def with_clip_prefix(key: str) -> str:
+    """Restore the prefix that transformers >= 5.6 drops.
+
+    transformers 4 takes a file without it for one in which every key is missing, warns, and runs a random text encoder.
+    """
+    return key if key.startswith(CLIP_PREFIX) else CLIP_PREFIX + key
+
+
+def _model_index(scheduler: str) -> dict[str, object]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Each tensor contiguous and alone in its memory: safetensors refuses views of one storage.
+    whole = {
+        key: tensor.detach().to(dtype=dtype if tensor.is_floating_point() else None).contiguous()
+        for key, tensor in tensors.items()
+    }
+    save_file(whole, str(path), metadata={"format": "pt"})
+    # safetensors 0.8 lets the owner alone read its files; weights are as readable as the config beside them.
+    path.chmod((path.parent / "config.json").stat().st_mode & 0o777)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,86 @@
+"""CLIP's byte-pair vocabulary, read and written in every form that a reader may ask for.
+
+transformers 4 reads vocab.json and merges.txt, transformers 5 writes tokenizer.json alone, and torch-free readers want
+tokenizer.json: a checkpoint of ours carries all three.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from transformers import CLIPTokenizer, CLIPTokenizerFast
+
+from bksdm.errors import CheckpointError
+
+CLIP_FOLDER = Path(__file__).parent / "clip_tokenizer"
+TOKENS = 77  # CLIP's context length, the only one that SD 1 and SD 2 were trained with
+
+
+def clip(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    """The tokenizer of SD 1 (pads with the end of text) and, with pad_token="!", of SD 2: 49,408 tokens."""
+    return CLIPTokenizer.from_pretrained(str(CLIP_FOLDER), pad_token=pad_token)
+
+
+def load(folder: Path) -> CLIPTokenizer:
+    """Read a checkpoint's tokenizer/ folder, also one that holds tokenizer.json alone."""
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _from_pretrained(folder, folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json")
+    with tempfile.TemporaryDirectory() as rebuilt:
+        for file in folder.glob("*.json"):
+            (Path(rebuilt) / file.name).write_bytes(file.read_bytes())
+        try:
+            _write_bpe(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), Path(rebuilt))
+        except (ValueError, KeyError, TypeError) as reason:
+            raise CheckpointError(f"{folder / 'tokenizer.json'} is not a CLIP byte-pair tokenizer") from reason
+        return _from_pretrained(Path(rebuilt), folder)
+
+
+def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write vocab.json, merges.txt, tokenizer.json, tokenizer_config.json and special_tokens_map.json into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    special = {name: str(getattr(tokenizer, name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": TOKENS,
+        "do_lower_case": True,
+        "add_prefix_space": False,
+        "errors": "replace",
+        **special,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+    _write_json(folder / "special_tokens_map.json", special)
+    if isinstance(tokenizer, CLIPTokenizerFast):  # also true of transformers 5's CLIPTokenizer
+        backend = tokenizer.backend_tokenizer
+        _write_bpe(json.loads(backend.to_str()), folder)
+    else:
+        tokenizer.save_vocabulary(str(folder))
+        backend = CLIPTokenizerFast.from_pretrained(str(folder)).backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.save(str(folder / "tokenizer.json"), pretty=False)
+
+
+def _from_pretrained(folder: Path, named: Path) -> CLIPTokenizer:
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder))
+    except Exception as reason:  # transformers lets json, unicode, key and OS errors through, each in its own type
+        raise CheckpointError(f"{named} is not a readable CLIP tokenizer ({_first_line(reason)})") from reason
+
+
+def _write_bpe(specification: dict, folder: Path) -> None:
+    model = specification["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _first_line(reason: BaseException) -> str:
+    return (str(reason).strip() or type(reason).__name__).splitlines()[0]
