@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
-Config = Mapping[str, object]
+Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,13 @@
-"""What goes wrong with a checkpoint, said in one sentence."""
+"""What goes wrong in the family, said in one sentence."""
 
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be read or written; the message is one sentence that says what to do."""
+
+
+class IncompatibleTeacher(Exception):  # noqa: N818 - it is the teacher that does not fit, and it reads so
+    """A teacher that the removal rule cannot be applied to; the message names the first key or setting that differs."""
+
+
+class VariantError(ValueError):
+    """A name that is no row of the table of variants; the message lists the rows."""

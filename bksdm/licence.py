@@ -33,7 +33,7 @@ RANDOM = Licence("none (random weights)", "Random weights: nothing was trained, 
 
 def published(name: str) -> Licence:
     """The licence of weights on the Hub, with its whole text (paragraph 4 asks that every recipient gets a copy)."""
-    text = resources.files("bksdm").joinpath("licences", _PUBLISHED[name]).read_text(encoding="utf-8")
+    text = (resources.files("bksdm") / "licences" / _PUBLISHED[name]).read_text(encoding="utf-8")
     return Licence(name, text)
 
 
