@@ -225,6 +225,9 @@ def _check_components(manifest: Manifest) -> None:
             raise JsonError(
                 f"model.{side} ({pixels}) must be a multiple of model.size_multiple ({facts.size_multiple})"
             )
+    for name in manifest.components:
+        if name not in _CONTRACT:
+            raise JsonError(f"components.{name} is unknown (known: {', '.join(_CONTRACT)})")
     listed = [manifest.licence.file, SCHEDULER_CONFIG, *(part.path for part in manifest.components.values())]
     for path in listed:
         if path not in manifest.files:
@@ -233,8 +236,6 @@ def _check_components(manifest: Manifest) -> None:
         if name not in manifest.components and name not in _OPTIONAL_COMPONENTS:
             raise JsonError(f"components.{name} is missing")
     for name, component in manifest.components.items():
-        if name not in _CONTRACT:
-            raise JsonError(f"components.{name} is unknown (known: {', '.join(_CONTRACT)})")
         _check_graph(name, component, manifest)
 
 

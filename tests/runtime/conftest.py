@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,7 +49,7 @@ class ToyWeights:
     encoder: NDArray[np.float32]  # [8, 3, 8, 8]
 
 
-def toy_weights() -> ToyWeights:
+def draw_weights() -> ToyWeights:
     random = np.random.default_rng(0)
 
     def draw(*shape: int, scale: float = 1.0) -> NDArray[np.float32]:
@@ -67,7 +68,7 @@ def toy_weights() -> ToyWeights:
 
 def write_toy_bundle(folder: Path, *, dtype: str = "float32", vae_encoder: bool = True) -> Path:
     """Write the toy model as a bundle. dtype: of the graphs' arithmetic and of their inputs and outputs."""
-    weights = toy_weights()
+    weights = draw_weights()
     writers: dict[str, Callable[[ToyWeights, str], onnx.GraphProto]] = {
         "text_encoder": _text_encoder,
         "unet": _unet,
@@ -104,12 +105,27 @@ def write_toy_bundle(folder: Path, *, dtype: str = "float32", vae_encoder: bool 
     return folder
 
 
-def rewrite_manifest(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
-    """Apply `change` to the parsed bundle.json and write it back."""
-    path = folder / "bundle.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+@pytest.fixture(scope="session")
+def rewrite_manifest() -> Callable[[Path, Callable[[dict[str, Any]], object]], None]:
+    """A function that applies a change to the parsed bundle.json of a folder and writes it back."""
+
+    def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+        path = folder / "bundle.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return rewrite
+
+
+@pytest.fixture(scope="session")
+def toy_weights() -> ToyWeights:
+    return draw_weights()
+
+
+@pytest.fixture(scope="session")
+def make_toy_bundle() -> Callable[..., Path]:
+    return write_toy_bundle
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +151,7 @@ def _text_encoder(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
 
 
 def _unet(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
-    """conv -> + sin(t / 1000 * w) + mean(context) @ W -> tanh -> conv, plus half the input: non-linear in everything."""
+    """conv + sin(t / 1000 * w) + mean(context) @ W -> tanh -> conv, plus half the input: non-linear in everything."""
     size = [HIDDEN, 1, 1]
     nodes = [
         helper.make_node("Conv", ["sample", "conv_in"], ["hidden"], pads=[1, 1, 1, 1]),
