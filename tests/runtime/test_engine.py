@@ -79,7 +79,7 @@ def test_fp16_graphs_run_on_the_cpu(make_toy_bundle: Callable[..., Path], tmp_pa
         open_engine(half, component, threads=1)
     output = open_engine(half, "unet", threads=1)(unet_inputs())["out_sample"]
     assert output.dtype == np.float32
-    # measured: 1.4e-3 of values up to 3.6
+    # measured: 1.7e-3 on values up to 3.9
     np.testing.assert_allclose(output, open_engine(bundle, "unet", threads=1)(unet_inputs())["out_sample"], atol=8e-3)
 
 

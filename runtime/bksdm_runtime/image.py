@@ -1,0 +1,184 @@
+"""Pictures: pixels to and from the VAE's range, and PNG files that carry the request that made them."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin
+
+from bksdm_runtime.request import Request, RequestError
+
+# How the common image tools name our samplers in a `parameters` chunk.
+_TOOL_NAMES = {"pndm": "PLMS", "ddim": "DDIM", "euler": "Euler", "dpmsolver++": "DPM++ 2M"}
+# Everything that Pillow raises on a file that is not, or only half, a picture.
+_BROKEN_PICTURE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class ImageError(Exception):
+    """A picture that cannot be read or written; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What made a picture, besides its request.
+
+    bundle: the bundle's hash (see bundle.Bundle.sha256); init_image: SHA-256 of the init image's file, "" without.
+    """
+
+    bundle: str
+    variant: str
+    backend: str
+    precision: str
+    version: str
+    batch_size: int
+    init_image: str = ""
+
+
+def to_uint8(decoded: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Decoded pictures [B, 3, H, W] in about [-1, 1] -> [B, H, W, 3] uint8.
+
+    Rounds as diffusers' VaeImageProcessor does (denormalize, then numpy_to_pil).
+    """
+    unit = (decoded / np.float32(2) + np.float32(0.5)).clip(0, 1)
+    return (unit.transpose(0, 2, 3, 1) * np.float32(255)).round().astype(np.uint8)
+
+
+def from_image(image: Image.Image, height: int, width: int) -> NDArray[np.float32]:
+    """A picture -> [1, 3, height, width] float32 in [-1, 1], resized as diffusers' VaeImageProcessor does (Lanczos)."""
+    upright = ImageOps.exif_transpose(image).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    unit = np.asarray(upright, dtype=np.float32) / np.float32(255)  # [H, W, 3]
+    return (np.float32(2) * unit - np.float32(1)).transpose(2, 0, 1)[None]
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read any picture that Pillow reads, whole. Raises ImageError."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise ImageError(f"there is no picture {path}") from None
+    except _BROKEN_PICTURE as error:
+        raise ImageError(f"{path} cannot be read as a picture: {_first_line(error)}") from None
+
+
+def save_png(path: Path, pixels: NDArray[np.uint8], request: Request, provenance: Provenance) -> None:
+    """Write [H, W, 3] uint8 as PNG with the request in text chunks; whole or not at all. Raises ImageError."""
+    height, width = pixels.shape[:2]
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in _texts(request, provenance, height, width).items():
+        if text.isascii():
+            chunks.add_text(name, text)
+        else:
+            chunks.add_itxt(name, text)  # UTF-8; a plain chunk is Latin-1
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.part")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def read_request(path: Path) -> tuple[Request, Provenance]:
+    """The request and the provenance that save_png wrote. Raises ImageError when there are none, or damaged ones."""
+    try:
+        with Image.open(path) as image:
+            texts = {str(name): str(text) for name, text in image.info.items() if isinstance(text, str)}
+    except FileNotFoundError:
+        raise ImageError(f"there is no picture {path}") from None
+    except _BROKEN_PICTURE as error:
+        raise ImageError(f"{path} cannot be read as a picture: {_first_line(error)}") from None
+    if not texts.get("Software", "").startswith("bksdm ") or "bundle" not in texts:
+        raise ImageError(f"{path} does not say how it was made: only a PNG written by bksdm-run does")
+    try:
+        request = Request(
+            prompt=texts["prompt"],
+            negative_prompt=texts["negative_prompt"],
+            seed=int(texts["seed"]),
+            steps=int(texts["steps"]),
+            guidance_scale=float(texts["guidance_scale"]),
+            height=int(texts["height"]),
+            width=int(texts["width"]),
+            sampler=texts["sampler"],
+            init_image=Path(texts["init_image"]) if "init_image" in texts else None,
+            strength=float(texts["strength"]) if "strength" in texts else Request.strength,
+            noise=texts["noise"],
+        )
+        provenance = Provenance(
+            bundle=texts["bundle"],
+            variant=texts["variant"],
+            backend=texts["backend"],
+            precision=texts["precision"],
+            version=texts["Software"].removeprefix("bksdm "),
+            batch_size=int(texts["batch_size"]),
+            init_image=texts.get("init_image_sha256", ""),
+        )
+    except KeyError as error:
+        raise ImageError(f"{path} does not say how it was made: its {error.args[0]} is missing") from None
+    except (RequestError, ValueError) as error:
+        raise ImageError(f"{path} says wrongly how it was made: {_first_line(error)}") from None
+    return request, provenance
+
+
+def _texts(request: Request, provenance: Provenance, height: int, width: int) -> Mapping[str, str]:
+    """Text chunks, in order: the form that common tools read, then one chunk for each value."""
+    texts = {
+        "parameters": _parameters(request, provenance, height, width),
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": str(request.seed),
+        "steps": str(request.steps),
+        "sampler": request.sampler,
+        "guidance_scale": repr(float(request.guidance_scale)),
+        "height": str(height),
+        "width": str(width),
+        "noise": request.noise,
+        "bundle": provenance.bundle,
+        "variant": provenance.variant,
+        "backend": provenance.backend,
+        "precision": provenance.precision,
+        "batch_size": str(provenance.batch_size),
+        "Software": f"bksdm {provenance.version}",
+    }
+    if isinstance(request.init_image, Path):
+        texts["init_image"] = str(request.init_image)
+        texts["init_image_sha256"] = provenance.init_image
+    if request.init_image is not None:
+        texts["strength"] = repr(float(request.strength))
+    return texts
+
+
+def _parameters(request: Request, provenance: Provenance, height: int, width: int) -> str:
+    """The request as AUTOMATIC1111's web UI writes it, which most image tools read."""
+    settings = {
+        "Steps": str(request.steps),
+        "Sampler": _TOOL_NAMES[request.sampler],
+        "CFG scale": f"{request.guidance_scale:g}",
+        "Seed": str(request.seed),
+        "Size": f"{width}x{height}",
+        "Model hash": provenance.bundle[:10],
+        "Model": provenance.variant,
+    }
+    if request.init_image is not None:
+        settings["Denoising strength"] = f"{request.strength:g}"
+    settings["Version"] = f"bksdm {provenance.version}"
+    lines = [request.prompt]
+    if request.negative_prompt:
+        lines.append(f"Negative prompt: {request.negative_prompt}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

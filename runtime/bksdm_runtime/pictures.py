@@ -1,0 +1,165 @@
+"""What `bksdm-run` does once its flags are read: open the bundle, make the pictures, show progress, save them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from bksdm_runtime import bundle as bundles
+from bksdm_runtime.bundle import Bundle, BundleError
+from bksdm_runtime.engine import EngineError
+from bksdm_runtime.image import ImageError, Provenance, read_request, save_png
+from bksdm_runtime.naming import NamingError, Target, targets
+from bksdm_runtime.pipeline import Images, Pipeline, Step
+from bksdm_runtime.request import Request, RequestError
+from bksdm_runtime.schedule import ScheduleError
+from bksdm_runtime.tokenizer import TokenizerError
+from bksdm_runtime.version import version
+
+# What a user can cause: each message is one sentence, and no traceback belongs to it.
+USER_ERRORS = (BundleError, EngineError, ImageError, NamingError, RequestError, ScheduleError, TokenizerError)
+MISUSE = (NamingError, RequestError)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Order:
+    """One run of the command. bundle: None for $BKSDM_BUNDLE or the demo; output: what -o said."""
+
+    requests: tuple[Request, ...]
+    bundle: Path | None
+    output: str | None
+    backend: str
+    threads: int | None
+    batch_size: int | None
+
+
+def order_from_png(picture: Path, bundle: Path | None, output: str | None, backend: str, threads: int | None) -> Order:
+    """The order that makes a picture again from what it carries. Raises ImageError, BundleError on another bundle."""
+    request, provenance = read_request(picture)
+    folder, _ = find_bundle(bundle)
+    # Every file is verified when the order is carried out; the hash of bundle.json alone tells the bundles apart.
+    found = bundles.load(folder, verify=False).sha256
+    if found != provenance.bundle:
+        raise BundleError(
+            f"{picture} was made by the bundle {provenance.bundle} ({provenance.variant}), {folder} is {found}: "
+            "give the one that made it with --bundle"
+        )
+    if isinstance(request.init_image, Path):
+        if not request.init_image.is_file():
+            raise ImageError(f"{picture} was made from the picture {request.init_image}, which is not there any more")
+        if bundles.file_sha256(request.init_image) != provenance.init_image:
+            raise ImageError(f"{picture} was made from the picture {request.init_image}, which has changed since")
+    if provenance.version != version():
+        log.warning("%s was made by bksdm %s, this is %s: pixels may differ", picture, provenance.version, version())
+    if backend not in ("auto", provenance.backend):
+        log.warning("%s was made on %s: on %s pixels may differ", picture, provenance.backend, backend)
+    chosen = provenance.backend if backend == "auto" else backend
+    return Order((request,), folder, output, chosen, threads, batch_size=1)
+
+
+def make(order: Order) -> Generator[Path, None, None]:
+    """Make and save every picture of the order, yielding each path when its file is whole.
+
+    Notices and progress go to stderr. Closing the generator stops between two steps. Raises USER_ERRORS.
+    """
+    folder, notice = find_bundle(order.bundle)
+    bundle = bundles.load(folder)
+    model = bundle.manifest.model
+    if notice:
+        log.warning("%s (%d x %d pixels); --bundle or $BKSDM_BUNDLE picks another", notice, model.width, model.height)
+    places = targets(order.output, order.requests)
+    for place in places:
+        _prepare(place.path.parent)
+    pipeline = Pipeline.open(bundle, backend=order.backend, threads=order.threads)
+    log.info("%s (%s, %s) on %s", folder, bundle.manifest.variant, bundle.manifest.precision, pipeline.backend)
+    hashes = _init_image_hashes(order.requests)
+    count = len(order.requests)
+    evaluations = pipeline.evaluations(order.requests[0])  # the same for all of an order
+    done, batch_end = 0, 0
+    # Open before the first evaluation is done: at full size on a CPU that takes seconds.
+    bar = _bar(evaluations, _title(1, 1, count))
+    with closing(pipeline.generate(order.requests, batch_size=order.batch_size)) as items:
+        try:
+            for item in items:
+                if isinstance(item, Step):
+                    batch_end = done + len(item.positions)
+                    bar.set_description_str(_title(done + 1, batch_end, count), refresh=False)
+                    bar.update()
+                    if item.index == item.total - 1:
+                        bar.set_postfix_str("decoding")
+                else:
+                    bar.set_postfix_str("", refresh=False)
+                    bar.close()
+                    path = _save(item, places, bundle, pipeline.backend, hashes)
+                    done += 1
+                    yield path
+                    if done == batch_end < count:
+                        bar = _bar(evaluations, _title(done + 1, done + 1, count))
+        finally:
+            bar.close()
+
+
+def find_bundle(folder: Path | None) -> tuple[Path, str]:
+    """The bundle to use and a notice when nobody chose it. Raises BundleError when there is none."""
+    if folder is not None:
+        return folder, ""
+    if chosen := os.environ.get("BKSDM_BUNDLE"):
+        return Path(chosen), ""
+    try:
+        return bundles.demo(), "no --bundle given: this is the demo model that ships with bksdm"
+    except BundleError as error:
+        raise BundleError(f"no --bundle given, $BKSDM_BUNDLE is not set, and {error}") from None
+
+
+def _prepare(folder: Path) -> None:
+    """Make the folder of a picture, and notice before minutes of work that it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(f"folder {folder} cannot be made: {error.strerror or error}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ImageError(f"folder {folder} cannot be written: Permission denied")
+
+
+def _init_image_hashes(requests: Sequence[Request]) -> dict[Path, str]:
+    paths = {request.init_image for request in requests if isinstance(request.init_image, Path)}
+    try:
+        return {path: bundles.file_sha256(path) for path in paths}
+    except OSError as error:
+        raise ImageError(f"the init image cannot be read: {error}") from None
+
+
+def _save(item: Images, places: Sequence[Target], bundle: Bundle, backend: str, hashes: Mapping[Path, str]) -> Path:
+    [position], [request], [pixels] = item.positions, item.requests, item.pixels  # the pipeline decodes one at a time
+    provenance = Provenance(
+        bundle=bundle.sha256,
+        variant=bundle.manifest.variant,
+        backend=backend,
+        precision=bundle.manifest.precision,
+        version=version(),
+        batch_size=item.batch_size,
+        init_image=hashes[request.init_image] if isinstance(request.init_image, Path) else "",
+    )
+    path = places[position].free_path()
+    save_png(path, pixels, request, provenance)
+    return path
+
+
+def _title(first: int, last: int, count: int) -> str:
+    which = f"image {first}" if first == last else f"images {first}-{last}"
+    return f"{which} of {count}"
+
+
+def _bar(evaluations: int, title: str) -> tqdm[NoReturn]:
+    # disable=None: no bar where stderr is not a terminal, so that logs stay readable
+    return tqdm(total=evaluations, desc=title, unit="step", disable=None, dynamic_ncols=True, file=sys.stderr)

@@ -1,0 +1,235 @@
+"""From requests to pictures: text encoder, sampling loop, VAE. The hot path is `sample`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from bksdm_runtime import bundle as bundles
+from bksdm_runtime.batches import MEMORY_BUDGET, Batch, plan
+from bksdm_runtime.bundle import Bundle
+from bksdm_runtime.engine import Engine, EngineError, open_engine, resolve_backend
+from bksdm_runtime.image import from_image, open_image, to_uint8
+from bksdm_runtime.noise import Generator as NoiseGenerator
+from bksdm_runtime.noise import open_generator
+from bksdm_runtime.request import Request, RequestError, check_size
+from bksdm_runtime.schedule import Schedule
+from bksdm_runtime.tokenizer import Tokenizer
+
+Array = NDArray[np.float32]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One U-Net evaluation of a batch is done.
+
+    index, total: which evaluation, from 0, of how many; timestep: what the U-Net was told.
+    latents: [B, C, h, w] after it, the caller's own. positions: which of the requests the batch holds.
+    preview: decodes these latents to [B, H, W, 3] uint8 when called, at the cost of a VAE decode each.
+    """
+
+    index: int
+    total: int
+    timestep: float
+    latents: Array
+    positions: tuple[int, ...]
+    preview: Callable[[], NDArray[np.uint8]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Finished pictures. positions: which of the requests they answer; pixels: [B, H, W, 3] uint8.
+
+    requests: those requests, with height and width filled in; batch_size: how many shared the U-Net evaluations.
+    """
+
+    positions: tuple[int, ...]
+    requests: tuple[Request, ...]
+    pixels: NDArray[np.uint8]
+    batch_size: int
+
+
+def sample(
+    unet: Engine, schedule: Schedule, noise: Array, context: Array, guidance: Array | None, clean: Array | None = None
+) -> Generator[tuple[float, Array], None, None]:
+    """Walk from noise to clean latents, yielding (timestep, latents [B, C, h, w]) after each U-Net evaluation.
+
+    noise: [B, C, h, w] standard normal. context: [2B, 77, D], the negative prompts' first, with guidance; [B, 77, D]
+    without. guidance: [B], or None to evaluate the U-Net once per image. clean: [B, C, h, w], what image-to-image
+    starts from. Closing the generator cancels. Classifier-free guidance, arXiv 2207.12598; the table of coefficients
+    is schedule.py's, computed in float64 and applied here in float32.
+    """
+    f = np.float32
+    x = f(schedule.initial[1]) * noise  # [B, C, h, w]
+    if clean is not None:
+        x = f(schedule.initial[0]) * clean + x
+    history: list[Array] = []  # newest first, as long as a row of b
+    for i, timestep in enumerate(schedule.timesteps):
+        model_input = f(schedule.input_scale[i]) * x
+        if guidance is not None:
+            model_input = np.concatenate([model_input, model_input])  # [2B, C, h, w]
+        output = _run(
+            unet,
+            "out_sample",
+            sample=model_input,
+            timestep=np.full(len(model_input), timestep, np.float32),
+            encoder_hidden_states=context,
+        )
+        if guidance is not None:
+            negative, positive = np.split(output, 2)
+            output = negative + guidance[:, None, None, None] * (positive - negative)  # [B, C, h, w]
+        remembered = f(schedule.keep[i, 0]) * x + f(schedule.keep[i, 1]) * output
+        history = [remembered, *history][: schedule.b.shape[1]]
+        x = f(schedule.a[i]) * x
+        for weight, past in zip(schedule.b[i], history, strict=False):
+            if weight:
+                x = x + f(weight) * past
+        yield float(timestep), x
+
+
+class Pipeline:
+    """A bundle opened on a backend. Not thread-safe; opens the VAE encoder when the first init image comes."""
+
+    def __init__(
+        self, bundle: Bundle, backend: str, threads: int | None, tokenizer: Tokenizer, engines: Mapping[str, Engine]
+    ) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self._threads = threads
+        self._tokenizer = tokenizer
+        self._engines = dict(engines)
+
+    @classmethod
+    def open(cls, bundle: Bundle | Path | str, *, backend: str = "auto", threads: int | None = None) -> Pipeline:
+        """Open a bundle, or the folder of one, whose every file is then verified.
+
+        Raises BundleError, EngineError, MissingBackend.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle)
+        name = resolve_backend(backend)
+        engines = {
+            component: open_engine(opened, component, backend=name, threads=threads)
+            for component in ("text_encoder", "unet", "vae_decoder")
+        }
+        tokenizer = Tokenizer.open(opened.root / bundles.TOKENIZER_FOLDER)
+        return cls(opened, name, threads, tokenizer, engines)
+
+    def generate(
+        self, requests: Sequence[Request], *, batch_size: int | None = None, memory_budget: int = MEMORY_BUDGET
+    ) -> Generator[Step | Images, None, None]:
+        """Serve the requests, yielding each step and then the pictures; closing the generator cancels.
+
+        Requests that agree in size, sampler, steps and in whether they are guided share U-Net evaluations, at most
+        `batch_size` at once, or as many as fit `memory_budget` bytes of activations (see batches.unet_bytes).
+        Everything is checked before this returns, nothing is computed until the first item is asked for.
+        Raises RequestError, ScheduleError, ImageError; while running EngineError.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise RequestError(f"batch_size must be at least 1, found {batch_size}")
+        resolved = [self._resolve(request) for request in requests]
+        pictures = {
+            request.init_image: open_image(request.init_image)
+            for request in resolved
+            if isinstance(request.init_image, Path)
+        }
+        factor = self.bundle.manifest.model.vae_scale_factor
+        batches = plan(resolved, self.bundle.scheduler_config, factor, batch_size, memory_budget)
+        return self._generate(batches, pictures)
+
+    def evaluations(self, request: Request) -> int:
+        """How many steps `generate` takes for this request. Raises ScheduleError."""
+        factor = self.bundle.manifest.model.vae_scale_factor
+        [batch] = plan([self._resolve(request)], self.bundle.scheduler_config, factor, 1, MEMORY_BUDGET)
+        return len(batch.schedule.timesteps)
+
+    def encode_text(self, prompt: str) -> Array:
+        """Context of one prompt, [77, D]. What does not fit 77 tokens is dropped, and said so in the log."""
+        tokens = self._tokenizer.encode(prompt)
+        if tokens.dropped:
+            log.warning("the prompt is too long, this part of it is dropped: %s", tokens.dropped)
+        return _run(self._engines["text_encoder"], "last_hidden_state", input_ids=tokens.ids[None])[0]
+
+    def decode(self, latents: Array) -> NDArray[np.uint8]:
+        """Latents [B, C, h, w] -> pictures [B, H, W, 3] uint8, one at a time: a batch would only cost memory."""
+        unscaled = latents / np.float32(self.bundle.manifest.model.scaling_factor)
+        decoder = self._engines["vae_decoder"]
+        return np.concatenate([to_uint8(_run(decoder, "sample", latent_sample=one[None])) for one in unscaled])
+
+    def encode_image(self, image: Image.Image, height: int, width: int, generator: NoiseGenerator) -> Array:
+        """A picture, resized -> latents [C, h, w] drawn from the VAE's posterior, as diffusers' image-to-image does."""
+        if "vae_encoder" not in self._engines:
+            self._engines["vae_encoder"] = open_engine(
+                self.bundle, "vae_encoder", backend=self.backend, threads=self._threads
+            )
+        parameters = _run(self._engines["vae_encoder"], "latent_parameters", sample=from_image(image, height, width))[0]
+        mean, log_variance = np.split(parameters, 2)  # [C, h, w] each
+        # The bounds are diffusers' DiagonalGaussianDistribution's.
+        deviation = np.exp(np.float32(0.5) * log_variance.clip(-30, 20))
+        latents = mean + deviation * generator.randn(mean.shape)
+        return latents * np.float32(self.bundle.manifest.model.scaling_factor)
+
+    def _resolve(self, request: Request) -> Request:
+        """The request with its size filled in, checked against what this bundle can do."""
+        model = self.bundle.manifest.model
+        height = model.height if request.height is None else request.height
+        width = model.width if request.width is None else request.width
+        check_size("height", height, model.size_multiple)
+        check_size("width", width, model.size_multiple)
+        if request.init_image is not None and "vae_encoder" not in self.bundle.manifest.components:
+            raise RequestError(
+                "this bundle has no VAE encoder, so it cannot start from a picture: export it again with one"
+            )
+        return replace(request, height=height, width=width)
+
+    def _generate(
+        self, batches: Sequence[Batch], pictures: Mapping[Path, Image.Image]
+    ) -> Generator[Step | Images, None, None]:
+        contexts: dict[str, Array] = {}
+        for batch in batches:
+            guided = batch.requests[0].guidance_scale > 1
+            negatives = [request.negative_prompt for request in batch.requests] if guided else []
+            texts = [*negatives, *(request.prompt for request in batch.requests)]
+            # One at a time, so that a prompt's context does not depend on its company; kept while they are in use.
+            contexts = {text: contexts[text] if text in contexts else self.encode_text(text) for text in set(texts)}
+            context = np.stack([contexts[text] for text in texts])  # [2B, 77, D], or [B, 77, D] unguided
+            guidance = np.array([r.guidance_scale for r in batch.requests], np.float32) if guided else None
+            clean, noise = self._start(batch, pictures)
+            latents = noise
+            steps = sample(self._engines["unet"], batch.schedule, noise, context, guidance, clean)
+            for index, (timestep, latents) in enumerate(steps):
+                preview = partial(self.decode, latents)
+                yield Step(index, len(batch.schedule.timesteps), timestep, latents, batch.positions, preview)
+            if not np.isfinite(latents).all():
+                raise EngineError("unet gave NaN or infinity: the picture is lost (an fp16 graph may have overflowed)")
+            for position, request, one in zip(batch.positions, batch.requests, latents, strict=True):
+                yield Images((position,), (request,), self.decode(one[None]), len(batch.requests))
+
+    def _start(self, batch: Batch, pictures: Mapping[Path, Image.Image]) -> tuple[Array | None, Array]:
+        """Clean latents (None without init images) and noise, [B, C, h, w] each, every image from its own generator."""
+        model = self.bundle.manifest.model
+        h, w = batch.height // model.vae_scale_factor, batch.width // model.vae_scale_factor
+        clean: list[Array] = []
+        noise: list[Array] = []
+        for request in batch.requests:
+            generator = open_generator(request.seed, request.noise)
+            if request.init_image is not None:  # drawn before the noise, as diffusers does
+                image = request.init_image
+                picture = pictures[image] if isinstance(image, Path) else image
+                clean.append(self.encode_image(picture, batch.height, batch.width, generator))
+            noise.append(generator.randn((model.latent_channels, h, w)))
+        return np.stack(clean) if clean else None, np.stack(noise)
+
+
+def _run(engine: Engine, output: str, **inputs: NDArray[np.generic]) -> Array:
+    """Call an engine for one of its outputs, which is float32 as every floating-point output of an engine is."""
+    return cast(Array, engine(inputs)[output])
