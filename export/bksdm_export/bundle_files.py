@@ -1,0 +1,106 @@
+"""The files of a bundle beside its graphs, as diffusers and Optimum write them, and bundle.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+from bksdm_runtime import bundle as bundles
+from bksdm_runtime.bundle import Component, Manifest, ModelFacts
+
+from bksdm import vocabulary
+from bksdm.checkpoint import Checkpoint, Licence
+
+LICENCE_FILE = "LICENSE"
+# Whose versions decide what the graphs look like.
+_TOOLS = ("bksdm", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+
+
+def write_all_but_graphs(checkpoint: Checkpoint, folder: Path) -> None:
+    """Configs, tokenizer, scheduler settings and licence: what diffusers' readers and our own find beside graphs."""
+    version = metadata.version("diffusers")
+    scheduler = {**checkpoint.scheduler_config, "_diffusers_version": version}
+    _write_json(folder / "model_index.json", _model_index(str(scheduler["_class_name"]), version))
+    _write_json(folder / bundles.SCHEDULER_CONFIG, scheduler)
+    vocabulary.save(checkpoint.tokenizer, folder / bundles.TOKENIZER_FOLDER)
+    (folder / LICENCE_FILE).write_text(checkpoint.licence.notice, encoding="utf-8")
+    # Optimum reads a config.json beside each graph.
+    vae = _config(checkpoint.vae.to_json_string())
+    text_encoder = _config(checkpoint.text_encoder.config.to_json_string(use_diff=True))
+    _write_json(folder / "text_encoder" / "config.json", {**text_encoder, "architectures": ["CLIPTextModel"]})
+    _write_json(folder / "unet" / "config.json", _config(checkpoint.unet.to_json_string()))
+    _write_json(folder / "vae_decoder" / "config.json", vae)
+    _write_json(folder / "vae_encoder" / "config.json", vae)
+
+
+def manifest(
+    variant: str,
+    source: str,
+    licence: Licence,
+    facts: ModelFacts,
+    components: Mapping[str, Component],
+    *,
+    precision: str,
+    storage: str,
+) -> Manifest:
+    """A manifest that lists no file yet and proves nothing yet."""
+    return Manifest(
+        variant=variant,
+        source=source,
+        precision=precision,
+        storage=storage,
+        model=facts,
+        components=components,
+        files={},
+        parity={},
+        licence=bundles.Licence(licence.name, LICENCE_FILE),
+        tools=_versions(),
+    )
+
+
+def write_manifest(folder: Path, unproven: Manifest, parity: Mapping[str, object]) -> None:
+    """Hash every file that lies in the folder, and write bundle.json last."""
+    complete = replace(unproven, files=bundles.file_records(folder), parity=parity)
+    (folder / bundles.MANIFEST_NAME).write_text(complete.to_json(), encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what made the bundle; bksdm itself has one only where it is installed."""
+    versions: dict[str, str] = {}
+    for name in _TOOLS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _model_index(scheduler: str, version: str) -> dict[str, object]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": version,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _config(text: str) -> dict[str, object]:
+    config = json.loads(text)
+    for key in ("_name_or_path", "dtype", "torch_dtype"):  # of the machine and the torch modules, not of the graphs
+        config.pop(key, None)
+    return config
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

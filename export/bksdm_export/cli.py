@@ -1,0 +1,169 @@
+"""`bksdm-export`: a checkpoint becomes a verified bundle. Table and path on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from bksdm_runtime.version import version
+
+from bksdm.variants import VARIANTS
+from bksdm_export.graphs import PRECISIONS
+
+_PROGRAM = "bksdm-export"
+_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+_DEFAULT_VARIANT = "small"
+# What the export extra brings; none is imported before it is known to be there.
+_EXTRA = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime")
+
+
+def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        click.echo(f"{_PROGRAM} {version()}")
+        context.exit()
+
+
+@click.command(context_settings={"max_content_width": 110})
+@click.option(
+    "--variant",
+    type=click.Choice(tuple(VARIANTS)),
+    help=f"Which model.  [default: {_DEFAULT_VARIANT}, or what --weights is]",
+)
+@click.option(
+    "--weights",
+    metavar="WEIGHTS",
+    help="A diffusers folder, a .safetensors file, 'demo' or 'random'.  [default: the variant's own, from the Hub]",
+)
+@click.option("--unet", metavar="DIR", help="A trained U-Net to lay over the weights.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit on the Hub.")
+@click.option("--allow-pickle", is_flag=True, help="Read .bin and .ckpt files too (weights only).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of --weights random.")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="Of the arithmetic: fp32 for a CPU, fp16 for a GPU.",
+)
+@click.option(
+    "--storage",
+    type=click.Choice(PRECISIONS),
+    help="Of the weights on disk; fp16 halves an fp32 bundle.  [default: as --precision]",
+)
+@click.option("--target", type=click.Choice(("onnx",)), default="onnx", show_default=True)
+@click.option(
+    "--verify",
+    "depth",
+    type=click.Choice(("quick", "full")),
+    default="quick",
+    show_default=True,
+    help="How many pictures and steps are compared with PyTorch.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The bundle's folder.  [default: out/ and the model's name, as out/bk-sdm-small]",
+)
+@click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+@click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
+def command(
+    variant: str | None,
+    weights: str | None,
+    unet: str | None,
+    revision: str | None,
+    allow_pickle: bool,
+    seed: int,
+    precision: str,
+    storage: str | None,
+    target: str,
+    depth: str,
+    output: Path | None,
+    force: bool,
+    verbose: bool,
+) -> int:
+    """Export a Stable Diffusion checkpoint as a bundle of ONNX graphs, each compared with PyTorch.
+
+    \b
+    bksdm-export --variant small
+    bksdm-export --variant tiny --precision fp16 -o out/tiny-fp16
+    bksdm-export --weights my-checkpoint/ --unet runs/student/unet
+    """
+    for name in _EXTRA:
+        if importlib.util.find_spec(name) is None:
+            click.echo(f"{_PROGRAM}: needs {name}: pip install 'bksdm[export]'", err=True)
+            return 2
+    _log_to_stderr(verbose)
+    started = time.perf_counter()
+
+    def progress(stage: str) -> None:
+        click.echo(f"[{time.perf_counter() - started:6.1f} s] {stage}", err=True)
+
+    progress("importing PyTorch")  # here and not above: --help must work whatever is installed
+    from bksdm.errors import CheckpointError
+    from bksdm_export.errors import ExportError
+    from bksdm_export.recipe import ExportRequest, export_variant
+    from bksdm_export.report import table
+
+    if variant is None and weights is None:
+        variant = _DEFAULT_VARIANT
+    request = ExportRequest(
+        output=output or default_output(variant, weights, precision),
+        variant=variant,
+        weights=weights,
+        unet=unet,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        seed=seed,
+        precision=precision,
+        storage=storage,
+        depth=depth,
+        force=force,
+    )
+    try:
+        folder = export_variant(request, progress)
+    except (ExportError, CheckpointError) as error:
+        click.echo(f"{_PROGRAM}: {error}", err=True)
+        return 1
+    click.echo(table(folder))
+    click.echo(str(folder))
+    return 0
+
+
+def default_output(variant: str | None, weights: str | None, precision: str) -> Path:
+    """out/ and the model's own name: the last part of the Hub's, of the folder's or of the file's."""
+    if weights in (None, "random"):
+        name = VARIANTS[variant or _DEFAULT_VARIANT].hub.rpartition("/")[2]
+    else:
+        name = Path(weights or "").name.removesuffix(".safetensors")
+    if weights == "random":
+        name += "-random"
+    return Path("out") / (name if precision == "fp32" else f"{name}-{precision}")
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=f"{_PROGRAM}: %(message)s")
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The command as a function, from arguments (None: the process's own) to its exit code."""
+    try:
+        code: object = command.main(args=arguments, prog_name=_PROGRAM, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        click.echo(f"{_PROGRAM}: interrupted", err=True)
+        return _INTERRUPTED
+
+
+def main() -> None:
+    sys.exit(run())

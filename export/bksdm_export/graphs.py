@@ -1,0 +1,81 @@
+"""The I/O contract: names, dtypes and axes of the four graphs, in one place that every writer reads.
+
+Names are those that Optimum's ORTStableDiffusionPipeline feeds and fetches, so that a bundle opens there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from bksdm_runtime.bundle import Component, ModelFacts, TensorSpec
+
+if TYPE_CHECKING:
+    from bksdm.checkpoint import Checkpoint
+
+COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+PRECISIONS = ("fp32", "fp16")
+DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16"}
+
+# 18: the lowest that torch's dynamo exporter writes, and what TensorRT 8.6 to 11, OpenVINO and ONNX Runtime all read.
+OPSET = 18
+
+# Its own axis, not "batch": it takes one value per sample, or a single one for all of them (Optimum feeds that), and
+# ONNX Runtime plans memory on the promise that equal axis names mean equal sizes.
+TIMESTEPS = "timesteps"
+
+
+def model_facts(checkpoint: Checkpoint) -> ModelFacts:
+    """What a pipeline must know about the model, from the configs of its parts.
+
+    size_multiple is the VAE's factor: the U-Net's graph forwards the sizes of its skip connections (see wrappers), so
+    every latent size is right in it, odd ones too; export verifies sizes off the grid each time (see reference).
+    """
+    vae = checkpoint.vae.config
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return ModelFacts(
+        tokens=int(checkpoint.tokenizer.model_max_length),
+        context_dim=int(checkpoint.unet.config["cross_attention_dim"]),
+        latent_channels=int(vae["latent_channels"]),
+        vae_scale_factor=factor,
+        scaling_factor=float(vae["scaling_factor"]),
+        size_multiple=factor,
+        height=checkpoint.image_size,
+        width=checkpoint.image_size,
+    )
+
+
+def components(facts: ModelFacts, precision: str) -> dict[str, Component]:
+    """Every component's path and tensors. precision: "fp32" or "fp16", the dtype of the graphs' inputs and outputs."""
+    real = DTYPES[precision]
+    latents = ("batch", facts.latent_channels, "height", "width")
+    image = ("batch", 3, "image_height", "image_width")
+    context = ("batch", facts.tokens, facts.context_dim)
+    return {
+        "text_encoder": Component(
+            path="text_encoder/model.onnx",
+            inputs=(TensorSpec("input_ids", "int32", ("batch", facts.tokens)),),
+            outputs=(TensorSpec("last_hidden_state", real, context),),
+        ),
+        "unet": Component(
+            path="unet/model.onnx",
+            inputs=(
+                TensorSpec("sample", real, latents),
+                # Always float32: above 512 fp16 is spaced 0.5 apart, and samplers ask for timesteps between integers.
+                TensorSpec("timestep", "float32", (TIMESTEPS,)),
+                TensorSpec("encoder_hidden_states", real, context),
+            ),
+            outputs=(TensorSpec("out_sample", real, latents),),
+        ),
+        "vae_decoder": Component(
+            path="vae_decoder/model.onnx",
+            inputs=(TensorSpec("latent_sample", real, latents),),  # already divided by scaling_factor
+            outputs=(TensorSpec("sample", real, image),),  # about [-1, 1]
+        ),
+        "vae_encoder": Component(
+            path="vae_encoder/model.onnx",
+            inputs=(TensorSpec("sample", real, image),),  # [-1, 1]
+            # Mean, then logarithm of the variance, of the latents before scaling_factor.
+            outputs=(TensorSpec("latent_parameters", real, ("batch", 2 * facts.latent_channels, "height", "width")),),
+        ),
+    }

@@ -1,0 +1,203 @@
+"""What PyTorch gives: whole pictures from diffusers' own pipeline, and each component's real inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import diffusers
+import numpy as np
+import torch
+from bksdm_runtime.bundle import ModelFacts
+from numpy.typing import NDArray
+
+from bksdm.checkpoint import Checkpoint
+from bksdm_export.wrappers import Wrapper, wrap
+
+
+@dataclass(frozen=True)
+class PictureRequest:
+    """One picture to compare. Sizes in pixels."""
+
+    prompt: str
+    seed: int
+    height: int
+    width: int
+    steps: int
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """image: [H, W, 3] float32 in [0, 1], before it is rounded to bytes."""
+
+    request: PictureRequest
+    image: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a component: inputs and outputs by the names of `graphs`, float32 and int32."""
+
+    label: str
+    inputs: Mapping[str, NDArray[Any]]
+    outputs: Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """cases: by component; the first of each is the smallest."""
+
+    pictures: tuple[Picture, ...]
+    cases: Mapping[str, tuple[Case, ...]]
+
+
+DEPTHS = ("quick", "full")
+
+
+def plan(facts: ModelFacts, depth: str = "quick") -> tuple[PictureRequest, ...]:
+    """The pictures that an export compares: at the model's own size and at smaller ones off every grid, two at once.
+
+    Odd numbers of latents in both directions, so that no level of the U-Net divides evenly. depth: "quick" takes 4
+    steps, enough for PNDM's every branch (its last formula begins at the fifth evaluation); "full" takes 25 and adds
+    pictures at the model's own size.
+    """
+    unit, side = facts.size_multiple, facts.height
+    odd_low = unit * (side // unit // 2 | 1)  # about half the side, an odd number of latents
+    odd_high = unit * (side // unit * 3 // 4 | 1)
+    steps = 25 if depth == "full" else 4
+    pictures = [
+        PictureRequest("a red apple on a white table", 0, side, facts.width, steps),
+        PictureRequest(
+            "a golden vase with flowers, oil painting", 1, odd_low, odd_high, steps, negative_prompt="blurry"
+        ),
+        PictureRequest("an orange cat wearing a blue hat", 1234, odd_low, odd_high, steps),
+        PictureRequest("snowy mountains at night", 2**32, odd_high, odd_low, steps, guidance_scale=1.0),
+    ]
+    if depth == "full":
+        pictures += [
+            PictureRequest("a green tractor in a field", 5, side, facts.width, steps),
+            PictureRequest("smiling face with sunglasses", 6, side, facts.width, steps),
+        ]
+    return tuple(pictures)
+
+
+def make_reference(checkpoint: Checkpoint, facts: ModelFacts, requests: Sequence[PictureRequest]) -> Reference:
+    """Draw the pictures with diffusers' StableDiffusionPipeline in float32, and keep calls of every component.
+
+    The scheduler is PNDM with the checkpoint's settings; noise comes from a CPU generator with the request's seed.
+    """
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=checkpoint.vae,
+        text_encoder=checkpoint.text_encoder,
+        tokenizer=checkpoint.tokenizer,
+        unet=checkpoint.unet,
+        scheduler=cast(Any, diffusers.PNDMScheduler.from_config(dict(checkpoint.scheduler_config))),
+        safety_checker=None,  # pyright: ignore[reportArgumentType] - None is how diffusers' own loader leaves these out
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    latents: list[NDArray[np.float32]] = []
+    unet_calls: list[Case] = []
+    with torch.no_grad():
+        for request in requests:
+            with _recorded(checkpoint.unet) as calls:
+                result: Any = pipeline(
+                    prompt=request.prompt,
+                    negative_prompt=request.negative_prompt,
+                    height=request.height,
+                    width=request.width,
+                    num_inference_steps=request.steps,
+                    guidance_scale=request.guidance_scale,
+                    generator=torch.Generator().manual_seed(request.seed),
+                    output_type="latent",
+                )
+            latents.append(result.images.numpy() / np.float32(facts.scaling_factor))  # [1, 4, h, w]
+            unet_calls += [
+                Case(f"{_size(request)}, seed {request.seed}, evaluation {i + 1} of {len(calls)}", *calls[i])
+                for i in sorted({0, len(calls) // 2, len(calls) - 1})
+            ]
+        mixed = _call(wrap(checkpoint, "unet"), "batch of 3, each at its own timestep", _mixed_batch(unet_calls))
+        decoded = [
+            _call(wrap(checkpoint, "vae_decoder"), _size(request), {"latent_sample": final})
+            for request, final in zip(requests, latents, strict=True)
+        ]
+        encoded = [
+            _call(wrap(checkpoint, "vae_encoder"), case.label, {"sample": np.clip(case.outputs["sample"], -1, 1)})
+            for case in decoded
+        ]
+        encoder = wrap(checkpoint, "text_encoder")
+        texts = ["", *dict.fromkeys(request.prompt for request in requests)]
+        prompts = [
+            _call(encoder, f"{n} prompt" + "s" * (n > 1), {"input_ids": _ids(checkpoint, texts[:n])})
+            for n in (1, len(texts))
+        ]
+    cases = {"text_encoder": prompts, "unet": [*unet_calls, mixed], "vae_decoder": decoded, "vae_encoder": encoded}
+    images = [np.clip(case.outputs["sample"][0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1) for case in decoded]
+    return Reference(
+        tuple(Picture(request, image) for request, image in zip(requests, images, strict=True)),
+        {name: tuple(sorted(calls, key=_elements)) for name, calls in cases.items()},
+    )
+
+
+Tensors = dict[str, NDArray[Any]]
+
+
+@contextmanager
+def _recorded(unet: torch.nn.Module) -> Iterator[list[tuple[Tensors, Tensors]]]:
+    """While it lasts, every call of the U-Net is kept: (inputs, outputs) by the names of `graphs`."""
+    calls: list[tuple[Tensors, Tensors]] = []
+
+    def keep(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        sample, timestep = args
+        inputs = {
+            "sample": sample.numpy().copy(),
+            "timestep": timestep.reshape(1).numpy().astype(np.float32),  # diffusers gives one for the whole batch
+            "encoder_hidden_states": kwargs["encoder_hidden_states"].numpy().copy(),
+        }
+        calls.append((inputs, {"out_sample": output[0].numpy().copy()}))
+
+    handle = unet.register_forward_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _mixed_batch(calls: Sequence[Case]) -> Tensors:
+    """Three samples from different places of one trajectory, in one batch that no trajectory has."""
+    first, later = calls[0].inputs, calls[1].inputs
+    samples = [first["sample"][:1], later["sample"][-1:], later["sample"][:1]]
+    contexts = [
+        first["encoder_hidden_states"][:1],
+        later["encoder_hidden_states"][-1:],
+        first["encoder_hidden_states"][-1:],
+    ]
+    timesteps = [first["timestep"], later["timestep"], later["timestep"] + np.float32(0.25)]
+    return {
+        "sample": np.concatenate(samples),
+        "timestep": np.concatenate(timesteps),
+        "encoder_hidden_states": np.concatenate(contexts),
+    }
+
+
+def _ids(checkpoint: Checkpoint, texts: Sequence[str]) -> NDArray[np.int32]:
+    tokens = checkpoint.tokenizer(list(texts), padding="max_length", truncation=True)
+    return np.array(tokens["input_ids"], np.int32)  # [N, 77]
+
+
+def _call(module: Wrapper, label: str, inputs: Tensors) -> Case:
+    output = module(*(torch.from_numpy(array) for array in inputs.values()))
+    return Case(label, inputs, {module.output: output.numpy()})
+
+
+def _size(request: PictureRequest) -> str:
+    return f"{request.height}x{request.width}"
+
+
+def _elements(case: Case) -> int:
+    return sum(array.size for array in case.inputs.values())

@@ -1,0 +1,86 @@
+"""What was compared with PyTorch: parity.json for machines, parity.html for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bksdm_runtime.bundle import Manifest
+
+from bksdm_export.verify import Parity
+
+PARITY_JSON = "parity.json"
+PARITY_HTML = "parity.html"
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """One exported graph. bytes: of its weights as stored; seconds: that its export took."""
+
+    nodes: int
+    bytes: int
+    seconds: float
+
+
+def write(folder: Path, parity: Parity, exported: Mapping[str, GraphFacts], manifest: Manifest) -> dict[str, object]:
+    """Write parity.json and parity.html, and return the figures that go into bundle.json."""
+    figures = summary(parity, exported)
+    (folder / PARITY_JSON).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+def summary(parity: Parity, exported: Mapping[str, GraphFacts]) -> dict[str, object]:
+    """Every figure by component and picture. Errors that are infinite are written as null."""
+    components = {
+        name: {
+            **asdict(exported[name]),
+            "error": parity.worst(name).error,
+            "tolerance": parity.tolerance.components[name],
+            "cases": [asdict(comparison) for comparison in comparisons],
+        }
+        for name, comparisons in parity.components.items()
+    }
+    pictures = [
+        {
+            **asdict(picture.picture.request),
+            "mean_difference": picture.mean,
+            "largest_difference": picture.largest,
+        }
+        for picture in parity.pictures
+    ]
+    return {
+        "components": components,
+        "pictures": pictures,
+        "picture_tolerance": parity.tolerance.picture,
+    }
+
+
+def table(folder: Path) -> str:
+    """The figures of a bundle's parity.json as a table for a terminal."""
+    figures = json.loads((folder / PARITY_JSON).read_text(encoding="utf-8"))
+    rows = [("component", "nodes", "MB", "error", "accepted", "export s")]
+    for name, graph in figures["components"].items():
+        rows.append(
+            (
+                name,
+                f"{graph['nodes']:,}",
+                f"{graph['bytes'] / 1e6:,.1f}",
+                f"{graph['error']:.1e}",
+                f"{graph['tolerance']:.0e}",
+                f"{graph['seconds']:.1f}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    mean = max(picture["mean_difference"] for picture in figures["pictures"])
+    count = len(figures["pictures"])
+    lines.append(
+        f"{count} pictures differ from PyTorch's by {mean:.3f}/255 on average at most "
+        f"(accepted {figures['picture_tolerance']:g}/255)"
+    )
+    return "\n".join(lines)
