@@ -1,0 +1,102 @@
+"""Training state on disk: written whole or not at all, the last few kept, the newest found again.
+
+A state is a folder `step-00001200/` of safetensors files (one per group of tensors) and `state.json`. There is no
+random state to save: every draw comes from a generator seeded by (seed, step)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_STEP = re.compile(r"step-(\d{8})")
+
+
+class ResumeError(Exception):
+    """The newest state does not belong to this run."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One saved moment: the step after which it was taken, its tensors by group, and plain facts."""
+
+    step: int
+    groups: Mapping[str, dict[str, Tensor]]
+    facts: Mapping[str, object]
+
+
+def save(folder: Path, state: State, *, keep: int = 2) -> Path:
+    """Write `state` as `folder/step-XXXXXXXX`, then drop all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step-{state.step:08d}"
+    staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+    try:
+        for name, tensors in state.groups.items():
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, staging / f"{name}.safetensors")
+        (staging / "state.json").write_text(json.dumps({"step": state.step, **state.facts}, indent=2) + "\n")
+        if target.exists():
+            shutil.rmtree(target)
+        staging.replace(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
+    return target
+
+
+def load_newest(folder: Path) -> State | None:
+    """The newest whole state, or None when there is none yet. Half-written ones of a killed run are removed."""
+    if not folder.is_dir():
+        return None
+    for stale in folder.glob(".writing-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    found = steps(folder)
+    if not found:
+        return None
+    path = folder / f"step-{found[-1]:08d}"
+    facts = json.loads((path / "state.json").read_text())
+    groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return State(facts.pop("step"), groups, facts)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of all whole states in `folder`, ascending."""
+    names = (_STEP.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in names if match)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as flat tensors, "<parameter index>.<name>"; its hyper-parameters stay in the config."""
+    flat: dict[str, Tensor] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            flat[f"{index}.{name}"] = torch.as_tensor(value)
+    return flat
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took out."""
+    nested: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        index, name = key.split(".", 1)
+        nested.setdefault(int(index), {})[name] = value
+    whole = optimizer.state_dict()
+    whole["state"] = nested
+    optimizer.load_state_dict(whole)
+
+
+def restore_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load weights that must fit exactly. Raises ResumeError naming the first key that does not."""
+    own = module.state_dict()
+    for key in own.keys() | tensors.keys():
+        if key not in own or key not in tensors or own[key].shape != tensors[key].shape:
+            raise ResumeError(f"the saved state does not fit this model at {key}: it was made with other settings")
+    module.load_state_dict(dict(tensors))

@@ -1,0 +1,90 @@
+"""bksdm-train: the demo data and its teacher."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+EXTRA = "training"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="bksdm")
+@click.option("-v", "--verbose", is_flag=True, help="Log more.")
+def commands(verbose: bool) -> None:
+    """Train compressed Stable Diffusion models, and the small one that ships for demonstration."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+@commands.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--sources", default="fluent,noto", show_default=True, help="Which picture sets, comma-separated.")
+@click.option("--size", type=click.IntRange(32, 1024), default=256, show_default=True, help="Pixels, square.")
+def data(output: Path, sources: str, size: int) -> None:
+    """Fetch the emoji pictures and captions by package name and write them as an image folder."""
+    from bksdm.packages import PackageError
+    from bksdm_training.emoji import STYLES, build
+
+    chosen = tuple(part.strip() for part in sources.split(","))
+    unknown = [part for part in chosen if part not in STYLES]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is not a source: choose from {', '.join(STYLES)}")
+    try:
+        summary = build(output, sources=chosen, size=size)
+    except (PackageError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{output}: {summary['counts']}")
+
+
+@commands.command()
+@click.option("--data", "folder", type=click.Path(path_type=Path), required=True, help="From bksdm-train data.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--preset", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--vae-steps", type=click.IntRange(1), help="Instead of the preset's.")
+@click.option("--unet-steps", type=click.IntRange(1), help="Instead of the preset's.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+def teacher(
+    folder: Path, output: Path, preset: str, vae_steps: int | None, unet_steps: int | None, threads: int | None
+) -> None:
+    """Train the demo teacher from scratch; run again after a kill to go on."""
+    import torch
+
+    from bksdm.errors import CheckpointError
+    from bksdm.packages import PackageError
+    from bksdm_training.checkpointing import ResumeError
+    from bksdm_training.config import PRESETS, with_steps
+    from bksdm_training.data import DataError
+    from bksdm_training.loop import DivergedError
+    from bksdm_training.teacher import train_teacher
+
+    if threads:
+        torch.set_num_threads(threads)
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if preset == "auto" else preset
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("--preset cuda needs a CUDA device and torch sees none: use --preset cpu")
+    try:
+        made = train_teacher(with_steps(PRESETS[kind], vae_steps, unet_steps), folder, output, torch.device(kind))
+    except (DataError, ResumeError, DivergedError, PackageError, CheckpointError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(made)
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 failed, 2 misuse or a missing extra, 130 interrupted."""
+    try:
+        commands(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        click.echo(f"bksdm-train: {error.format_message()}", err=True)
+        sys.exit(1)
+    except click.Abort:
+        click.echo("bksdm-train: interrupted; run the same command again to go on", err=True)
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        click.echo(f"bksdm-train: needs {error.name}: pip install 'bksdm[{EXTRA}]'", err=True)
+        sys.exit(2)

@@ -1,0 +1,96 @@
+"""What a demo teacher is and how it is trained: frozen settings, validated once, with presets per machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """One training loop. Learning rate: linear warm-up, constant, then linear to zero over the last `decay_share`
+    (warm-up - stable - decay, arXiv 2405.18392), so that a run can be prolonged by raising `steps` alone."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 100
+    decay_share: float = 0.25
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    ema_decay: float = 0.999
+    checkpoint_every: int = 250
+    seed: int = 1234
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or self.checkpoint_every < 1:
+            raise ValueError("steps, batch_size and checkpoint_every must be at least 1")
+        if not 0 <= self.decay_share <= 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError("decay_share must lie in [0, 1] and ema_decay in [0, 1)")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step 1..steps."""
+        decay = round(self.steps * self.decay_share)
+        rate = min(1.0, step / max(1, self.warmup))
+        if decay and step > self.steps - decay:
+            rate = min(rate, (self.steps - step + 1) / (decay + 1))
+        return self.learning_rate * rate
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A narrow Stable Diffusion v1: the stage pattern of SD v1.4 at a width that trains from scratch in an hour.
+
+    17.4 M parameters in all, so that the family fits 40 MB in half precision. Four attention heads, not eight:
+    at these widths eight would leave 4 channels a head, which CPU attention kernels run three times slower."""
+
+    size: int = 128  # px, square
+    unet_channels: tuple[int, ...] = (32, 96, 128, 160)
+    unet_heads: int = 4
+    unet_groups: int = 16
+    text_width: int = 64
+    text_layers: int = 4
+    text_heads: int = 4
+    vae_channels: tuple[int, ...] = (32, 64, 96, 96)
+    vae_layers: int = 1
+    vae_groups: int = 8
+    crop: int = 64  # px; the autoencoder sees crops, and whole pictures over its last `whole_share` of steps
+    whole_share: float = 0.15
+    lpips_weight: float = 0.5
+    kl_weight: float = 5e-4
+    caption_dropout: float = 0.1
+    min_snr_gamma: float = 5.0  # arXiv 2303.09556
+    vae: LoopConfig = field(
+        default_factory=lambda: LoopConfig(
+            steps=4500, batch_size=8, learning_rate=1e-3, warmup=50, ema_decay=0.995, bf16=True
+        )
+    )
+    unet: LoopConfig = field(default_factory=lambda: LoopConfig(steps=4000, batch_size=32, learning_rate=8e-4))
+
+    def __post_init__(self) -> None:
+        if self.size % 64:
+            raise ValueError(f"size must be a multiple of 64 px (three halvings of 8 px latents), not {self.size}")
+
+
+PRESETS = {
+    # two CPU cores, about two hours
+    "cpu": TeacherConfig(),
+    # one data-centre GPU, minutes
+    "cuda": TeacherConfig(
+        size=256,
+        crop=128,
+        vae=LoopConfig(steps=20_000, batch_size=64, learning_rate=6e-4, ema_decay=0.999, bf16=True),
+        unet=LoopConfig(
+            steps=40_000, batch_size=128, learning_rate=6e-4, ema_decay=0.9995, checkpoint_every=1000, bf16=True
+        ),
+    ),
+}
+
+
+def with_steps(config: TeacherConfig, vae_steps: int | None, unet_steps: int | None) -> TeacherConfig:
+    """The same settings with other run lengths."""
+    if vae_steps is not None:
+        config = replace(config, vae=replace(config.vae, steps=vae_steps))
+    if unet_steps is not None:
+        config = replace(config, unet=replace(config.unet, steps=unet_steps))
+    return config

@@ -1,0 +1,159 @@
+"""Stage 2 of the demo teacher: a narrow SD v1 U-Net and its CLIP-shaped text encoder, trained together from scratch.
+
+The autoencoder is frozen and its moments are computed once; latents are sampled anew each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from bksdm_training import loop
+from bksdm_training.charts import save_grid
+from bksdm_training.config import TeacherConfig
+from bksdm_training.data import Order, Pictures, encode, seeded, tokenize
+from bksdm_training.vae import encode_moments
+
+# Stable Diffusion v1's noise schedule and sampler settings
+SCHEDULER_CONFIG: dict[str, object] = {
+    "_class_name": "PNDMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+class Denoiser(nn.Module):
+    """Text encoder and U-Net as one trainable module."""
+
+    def __init__(self, config: TeacherConfig, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.text_width,
+                intermediate_size=4 * config.text_width,
+                num_hidden_layers=config.text_layers,
+                num_attention_heads=config.text_heads,
+                max_position_embeddings=77,
+                hidden_act="quick_gelu",
+                projection_dim=config.text_width,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        self.unet = UNet2DConditionModel(
+            sample_size=config.size // 8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=config.unet_channels,
+            layers_per_block=2,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            cross_attention_dim=config.text_width,
+            # diffusers' name for what is a number of heads, kept for checkpoints: see SD v1.4's own config
+            attention_head_dim=config.unet_heads,
+            norm_num_groups=config.unet_groups,
+        )
+
+    def context(self, ids: Tensor) -> Tensor:
+        """Token ids [B, 77] -> text embedding [B, 77, D]."""
+        return self.text_encoder(ids).last_hidden_state
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        """Predicted noise [B, 4, h, w]."""
+        return self.unet(noisy, timesteps, self.context(ids)).sample
+
+
+def train_denoiser(
+    pictures: Pictures,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    config: TeacherConfig,
+    folder: Path,
+    device: torch.device,
+    shown: Sequence[str],
+) -> Denoiser:
+    """Train (or go on training) the denoiser; `shown` are the captions of the sample grid at every checkpoint."""
+    torch.manual_seed(config.unet.seed)
+    model = Denoiser(config, tokenizer).to(device)
+    mean, std = (encode_moments(vae, pictures, device) * vae.config["scaling_factor"]).chunk(2, 1)
+    tokens = tokenize(tokenizer, pictures.captions)
+    order = Order(len(pictures), config.unet.batch_size, config.unet.seed)
+    alphas = DDPMScheduler.from_config(SCHEDULER_CONFIG).alphas_cumprod
+    weights = min_snr_weights(alphas, config.min_snr_gamma)
+
+    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = order.batch(step)
+        ids = tokens.draw(rows, config.caption_dropout, generator)
+        latents = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(0, len(alphas), (len(rows),), generator=generator)
+        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        eps = model(noisy.to(device), timesteps.to(device), ids.to(device))
+        error = (eps.float() - noise.to(device)).square().mean((1, 2, 3))
+        return {"noise_mse": (error * weights[timesteps].to(device)).mean()}
+
+    def on_checkpoint(step: int, _: nn.Module) -> None:
+        pictures = sample(model, vae, tokenizer, shown, device=device)
+        save_grid(pictures, folder / "samples.png", columns=8, captions=shown)
+
+    loop.run("unet", model, loss_at, config.unet, folder, device=device, on_checkpoint=on_checkpoint)
+    silence_unseen_tokens(model.text_encoder, tokens.ids)
+    return model
+
+
+def min_snr_weights(alphas_cumprod: Tensor, gamma: float) -> Tensor:
+    """Loss weight of each timestep for noise prediction, min(SNR, gamma) / SNR (arXiv 2303.09556): [T]."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / snr
+
+
+@torch.no_grad()
+def silence_unseen_tokens(text_encoder: CLIPTextModel, seen: Tensor) -> None:
+    """Set the embedding of every token that training never showed to zero.
+
+    They still hold their random initial values (decayed), so an unknown word would act as noise; as zero it adds
+    nothing but its position."""
+    embedding = text_encoder.get_input_embeddings().weight
+    keep = torch.zeros(len(embedding), dtype=torch.bool)
+    keep[seen.unique()] = True
+    embedding[~keep] = 0
+
+
+@torch.no_grad()
+def sample(
+    model: Denoiser,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    prompts: Sequence[str],
+    *,
+    device: torch.device,
+    steps: int = 25,
+    guidance: float = 4.0,
+    seed: int = 0,
+) -> Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1] of the prompts, on the CPU; picture i starts from noise of seed + i."""
+    scheduler = PNDMScheduler.from_config(SCHEDULER_CONFIG)
+    scheduler.set_timesteps(steps)
+    size = int(model.unet.config["sample_size"])
+    noise = [torch.randn((4, size, size), generator=seeded(seed, i)) for i in range(len(prompts))]
+    latents = torch.stack(noise).to(device)
+    context = model.context(encode(tokenizer, [""] * len(prompts) + list(prompts)).to(device))
+    for timestep in scheduler.timesteps:
+        eps = model.unet(torch.cat([latents] * 2), timestep, context).sample.float()
+        blank, caption = eps.chunk(2)
+        latents = scheduler.step(blank + guidance * (caption - blank), timestep, latents).prev_sample
+    return vae.decode(latents / vae.config["scaling_factor"]).sample.float().cpu().clamp(-1, 1)

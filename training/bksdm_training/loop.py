@@ -1,0 +1,132 @@
+"""The training loop that both stages of the teacher share: resumable, with EMA, progress and a loss log."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bksdm_training import checkpointing
+from bksdm_training.config import LoopConfig
+from bksdm_training.data import seeded
+
+logger = logging.getLogger(__name__)
+LossAt = Callable[[int, torch.Generator], Mapping[str, Tensor]]
+
+
+class DivergedError(Exception):
+    """The loss is no longer a number."""
+
+
+def run(
+    name: str,
+    module: nn.Module,
+    loss_at: LossAt,
+    config: LoopConfig,
+    folder: Path,
+    *,
+    device: torch.device,
+    on_checkpoint: Callable[[int, nn.Module], None],
+) -> nn.Module:
+    """Train `module` and return it with the averaged (EMA) weights, in eval mode.
+
+    loss_at(step, generator) gives the terms of the loss of step 1..steps; their sum is minimised. All its draws come
+    from `generator`. A run that was killed goes on from its newest state in `folder`. `on_checkpoint(step, module)`
+    sees the averaged weights. Raises DivergedError, checkpointing.ResumeError."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=config.weight_decay)
+    average = {key: value.detach().clone() for key, value in module.state_dict().items()}
+    first = _resume(folder, module, optimizer, average) + 1
+    log = _Log(folder / "log.jsonl", first)
+    module.train()
+    bar = tqdm(total=config.steps, initial=first - 1, desc=name, unit="step", dynamic_ncols=True)
+    for step in range(first, config.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            terms = loss_at(step, seeded(config.seed, step))
+        loss = torch.stack(list(terms.values())).sum()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trainable, config.clip)
+        if not torch.isfinite(norm):
+            raise DivergedError(f"{name}: the gradient is {norm.item()} at step {step}: lower the learning rate")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        _average(average, module, min(config.ema_decay, (1 + step) / (10 + step)))
+        figures = {key: value.item() for key, value in terms.items()}
+        log.write(step, figures)
+        bar.set_postfix({key: f"{value:.4f}" for key, value in figures.items()}, refresh=False)
+        bar.update()
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            groups = {
+                "weights": module.state_dict(),
+                "ema": average,
+                "optimizer": checkpointing.optimizer_tensors(optimizer),
+            }
+            checkpointing.save(folder, checkpointing.State(step, groups, {"stage": name}))
+            with _Swapped(module, average):
+                on_checkpoint(step, module)
+    bar.close()
+    module.load_state_dict(average)
+    return module.eval()
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The loss log of a stage: one {"step", term: value, ...} a step."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _resume(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
+    state = checkpointing.load_newest(folder)
+    if state is None:
+        return 0
+    checkpointing.restore_module(module, state.groups["weights"])
+    checkpointing.restore_optimizer(optimizer, state.groups["optimizer"])
+    for key, value in state.groups["ema"].items():
+        average[key].copy_(value)
+    logger.info("resumed at step %d from %s", state.step, folder)
+    return state.step
+
+
+@torch.no_grad()
+def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
+    for key, value in module.state_dict().items():
+        if value.is_floating_point():
+            average[key].lerp_(value, 1 - decay)
+        else:
+            average[key].copy_(value)
+
+
+class _Swapped:
+    """Within the block the module carries the averaged weights and is in eval mode."""
+
+    def __init__(self, module: nn.Module, average: dict[str, Tensor]) -> None:
+        self.module, self.average = module, average
+
+    def __enter__(self) -> None:
+        self.own = {key: value.clone() for key, value in self.module.state_dict().items()}
+        self.module.load_state_dict(self.average)
+        self.module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.module.load_state_dict(self.own)
+        self.module.train()
+
+
+class _Log:
+    """Append-only loss log; steps after the resumed state are dropped, since they are trained again."""
+
+    def __init__(self, path: Path, first: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_log(path.parent) if row["step"] < first] if path.is_file() else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.file = path.open("a", buffering=1)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in figures.items()}}) + "\n")

@@ -1,0 +1,94 @@
+"""Stage 1 of the demo teacher: a small AutoencoderKL (L1 + LPIPS + KL, as Stable Diffusion's, without a critic)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from bksdm_training import loop
+from bksdm_training.charts import save_grid
+from bksdm_training.config import TeacherConfig
+from bksdm_training.data import Order, Pictures, to_model_range
+from bksdm_training.perceptual import Lpips
+
+
+def build_vae(config: TeacherConfig) -> AutoencoderKL:
+    """An untrained autoencoder: factor 8, 4 latent channels."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=config.vae_channels,
+        layers_per_block=config.vae_layers,
+        norm_num_groups=config.vae_groups,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=config.size,
+    )
+
+
+def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, device: torch.device) -> AutoencoderKL:
+    """Train (or go on training) the autoencoder; its scaling factor is set to 1 / std of the latents it gives."""
+    torch.manual_seed(config.vae.seed)
+    vae = build_vae(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    lpips = Lpips().to(device)
+    whole_from = config.vae.steps * (1 - config.whole_share)
+    # Whole pictures are (size / crop)^2 times the work: fewer of them a step.
+    whole_batch = max(1, config.vae.batch_size * config.crop**2 // config.size**2)
+    order = Order(len(pictures), config.vae.batch_size, config.vae.seed)
+
+    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        pixels = pictures.pixels[order.batch(step)]
+        pixels = random_crop(pixels, config.crop, generator) if step <= whole_from else pixels[:whole_batch]
+        x = to_model_range(pixels).to(device, memory_format=torch.channels_last)
+        latent = vae.encode(x).latent_dist
+        noise = torch.randn(latent.mean.shape, generator=generator).to(device)
+        rebuilt = vae.decode(latent.mean + latent.std * noise).sample
+        return {
+            "l1": (rebuilt.float() - x).abs().mean(),
+            "lpips": config.lpips_weight * lpips(rebuilt.float(), x).mean(),
+            "kl": config.kl_weight * 0.5 * (latent.mean.square() + latent.var - 1 - latent.logvar).float().mean(),
+        }
+
+    shown = to_model_range(pictures.pixels[:: max(1, len(pictures) // 8)][:8])
+
+    def on_checkpoint(step: int, _: torch.nn.Module) -> None:
+        with torch.no_grad():
+            rebuilt = vae.decode(vae.encode(shown.to(device)).latent_dist.mode()).sample.float().cpu()
+        save_grid(torch.cat([shown, rebuilt]), folder / "samples.png", columns=len(shown))
+
+    loop.run("vae", vae, loss_at, config.vae, folder, device=device, on_checkpoint=on_checkpoint)
+    moments = encode_moments(vae, pictures, device)
+    vae.register_to_config(scaling_factor=round(1 / moments[:, :4].std().item(), 5))
+    return vae
+
+
+@torch.no_grad()
+def encode_moments(vae: AutoencoderKL, pictures: Pictures, device: torch.device, batch_size: int = 16) -> Tensor:
+    """Mean and standard deviation of every picture's latents, unscaled: [N, 8, size / 8, size / 8] float32."""
+    out = []
+    for pixels in pictures.pixels.split(batch_size):
+        latent = vae.encode(to_model_range(pixels).to(device)).latent_dist
+        out.append(torch.cat([latent.mean, latent.std], 1).float().cpu())
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, pictures: Pictures, device: torch.device, batch_size: int = 16) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio of encode-decode, in dB (peak 2: values in [-1, 1])."""
+    out = []
+    for pixels in pictures.pixels.split(batch_size):
+        x = to_model_range(pixels).to(device)
+        rebuilt = vae.decode(vae.encode(x).latent_dist.mode()).sample.float().clamp(-1, 1)
+        out.append(10 * torch.log10(4 / (rebuilt - x).square().mean((1, 2, 3))))
+    return torch.cat(out).mean().item()
+
+
+def random_crop(pixels: Tensor, crop: int, generator: torch.Generator) -> Tensor:
+    """A square crop of every picture at its own place: [B, 3, S, S] -> [B, 3, crop, crop]."""
+    room = pixels.shape[-1] - crop + 1
+    places = torch.randint(0, room, (len(pixels), 2), generator=generator).tolist()
+    return torch.stack([p[:, y : y + crop, x : x + crop] for p, (y, x) in zip(pixels, places, strict=True)])
