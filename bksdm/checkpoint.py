@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +10,26 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from bksdm import diffusers_folder, vocabulary
+from bksdm import (
+    components,
+    diffusers_folder,
+    hub,
+    licence,
+    random_weights,
+    single_file,
+    variants,
+    vocabulary,
+    weights_file,
+)
+from bksdm.components import Components
 from bksdm.errors import CheckpointError
 from bksdm.licence import Licence
+from bksdm.unet import unet_config
+from bksdm.variants import VARIANTS, Variant
 
-__all__ = ["Checkpoint", "CheckpointError", "Licence", "demo_folder", "save", "tokenizer"]
+__all__ = ["Checkpoint", "CheckpointError", "Licence", "demo_folder", "load", "save", "tokenizer"]
+
+CUSTOM = "custom"
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,60 @@ class Checkpoint:
     scheduler_config: dict[str, object]
     licence: Licence
     image_size: int
+
+
+def load(
+    weights: str | None,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    unet: str | None = None,
+    allow_pickle: bool = False,
+    seed: int = 0,
+) -> Checkpoint:
+    """Load a whole model, in one of five ways.
+
+    weights: None - the variant's published weights from the Hub (at `revision`); "demo" - the project's own model;
+        "random" - the variant's true architecture with weights drawn from `seed`; a folder in diffusers' layout; or one
+        .safetensors file under LDM keys.
+    variant: a row of bksdm.variants. Needed for the Hub and for "random"; otherwise a claim that is checked.
+    unet: a folder with a trained U-Net, laid over that model.
+    allow_pickle: read pickled weights too, as plain tensors (weights_only). Raises CheckpointError and VariantError.
+    """
+    row = None if variant is None else variants.get(variant)
+    if revision is not None and weights is not None:
+        raise CheckpointError(f"a revision names a commit on the Hub, and {weights} is not from there")
+    overlay = None
+    if unet is not None:
+        overlay = diffusers_folder.load_unet(_existing(Path(unet)), allow_pickle=allow_pickle)
+    if weights == "random":
+        parts, source, terms, claimed = _random(row, seed)
+    elif weights is None:
+        parts, source, terms, claimed = _from_hub(row, revision, overlay, allow_pickle=allow_pickle)
+    elif (path := demo_folder() if weights == "demo" else _existing(Path(weights))).is_dir():
+        parts, source, terms, claimed = _from_folder(path, overlay, allow_pickle=allow_pickle)
+        source = "demo" if weights == "demo" else source
+    else:
+        architecture = row.architecture if row else None
+        parts = single_file.load(path, architecture=architecture, allow_pickle=allow_pickle)
+        entries = weights_file.metadata(path) if path.suffix == ".safetensors" else {}
+        source, terms, claimed = str(path), licence.of_header(entries, str(path)), None
+    if unet is not None and overlay is not None:
+        parts = dataclasses.replace(parts, unet=overlay)
+        source = f"{source} with the U-Net of {unet}"
+        terms = _with_overlay(terms, Path(unet))
+    size = components.image_size(parts, source)
+    return Checkpoint(
+        variant=_name(row, claimed, parts.unet, source),
+        source=source,
+        text_encoder=parts.text_encoder,
+        unet=parts.unet,
+        vae=parts.vae,
+        tokenizer=parts.tokenizer,
+        scheduler_config=parts.scheduler_config,
+        licence=terms,
+        image_size=size,
+    )
 
 
 def save(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -60,3 +130,68 @@ def demo_folder() -> Path:
 def tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """CLIP's tokenizer, 49,408 tokens, from the vocabulary in this package; SD 2 pads with "!"."""
     return vocabulary.clip(pad_token)
+
+
+_Loaded = tuple[Components, str, Licence, str | None]  # parts, source, licence, the variant that their own record names
+
+
+def _from_hub(
+    row: Variant | None, revision: str | None, overlay: UNet2DConditionModel | None, *, allow_pickle: bool
+) -> _Loaded:
+    if row is None:
+        raise CheckpointError(f"weights from the Hub need a variant: choose from {', '.join(VARIANTS)}")
+    folder, commit = hub.snapshot(row.hub, revision, allow_pickle=allow_pickle)
+    parts = diffusers_folder.load(folder, unet=overlay, allow_pickle=allow_pickle)
+    return parts, f"{row.hub}@{commit}", licence.published(row.licence), row.name
+
+
+def _from_folder(folder: Path, overlay: UNet2DConditionModel | None, *, allow_pickle: bool) -> _Loaded:
+    parts = diffusers_folder.load(folder, unet=overlay, allow_pickle=allow_pickle)
+    record = diffusers_folder.record(folder)
+    name = record.get("licence")
+    terms = licence.of_folder(folder, name=name if isinstance(name, str) else None) or licence.unknown(str(folder))
+    claimed = record.get("variant")
+    return parts, str(folder), terms, claimed if isinstance(claimed, str) else None
+
+
+def _random(row: Variant | None, seed: int) -> _Loaded:
+    if row is None:
+        raise CheckpointError(f"random weights need a variant: choose from {', '.join(VARIANTS)}")
+    architecture = dataclasses.replace(row.architecture, unet=unet_config(row.architecture.unet, row.removal))
+    text_encoder, unet, vae = random_weights.build(architecture, seed)
+    words = vocabulary.clip(architecture.pad_token)
+    parts = Components(text_encoder, unet, vae, words, dict(architecture.scheduler))
+    return parts, f"random({row.name}, seed={seed})", licence.RANDOM, row.name
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        hint = " (a variant's name: leave the weights out to download them)" if str(path) in VARIANTS else ""
+        raise CheckpointError(f"there is no {path}{hint}: {hub.OTHER_WAYS}")
+    return path
+
+
+def _name(row: Variant | None, claimed: str | None, unet: UNet2DConditionModel, source: str) -> str:
+    """The variant asked for, which must fit; else the recorded one if it fits; else the first row that does."""
+    if row is not None:
+        if difference := _difference(row, unet):
+            raise CheckpointError(f"{source} is not {row.name!r}: {difference}")
+        return row.name
+    names = [claimed, *VARIANTS] if claimed in VARIANTS else list(VARIANTS)
+    return next((name for name in names if name and not _difference(VARIANTS[name], unet)), CUSTOM)
+
+
+def _difference(row: Variant, unet: UNet2DConditionModel) -> str | None:
+    for key, expected in unet_config(row.architecture.unet, row.removal).items():
+        found = unet.config[key]
+        found = list(found) if isinstance(found, tuple) else found
+        if found != expected:
+            return f"its U-Net has {key} {found}, {row.name} has {expected}"
+    return None
+
+
+def _with_overlay(terms: Licence, folder: Path) -> Licence:
+    own = licence.of_folder(folder)
+    if own is None or own == terms:
+        return terms
+    return Licence(f"{terms.name}; U-Net: {own.name}", f"{terms.notice}\n\nThe U-Net:\n\n{own.notice}")

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder in diffusers' layout: written whole or not at all."""
+"""A checkpoint as a folder in diffusers' layout: read with every tensor accounted for, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,18 +11,74 @@ from typing import TYPE_CHECKING
 
 import diffusers
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bksdm import vocabulary
+from bksdm.components import (
+    Components,
+    load_diffusers_model,
+    load_text_encoder,
+    read_config,
+    with_clip_prefix,
+)
 from bksdm.errors import CheckpointError
 
 if TYPE_CHECKING:
     from bksdm.checkpoint import Checkpoint
 
 INDEX = "model_index.json"
+PARTS = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
 RECORD = "bksdm.json"  # what diffusers' layout has no place for: our variant, where the weights came from, the licence
-CLIP_PREFIX = "text_model."
+
+
+def load(folder: Path, *, unet: UNet2DConditionModel | None = None, allow_pickle: bool = False) -> Components:
+    """Every part of the checkpoint in `folder`. unet: taken instead of the folder's own. Raises CheckpointError."""
+    if not (folder / INDEX).is_file():
+        if unet_folder(folder):
+            raise CheckpointError(
+                f"{folder} holds a U-Net alone: name it with --unet, and the model it belongs to with --weights"
+            )
+        raise CheckpointError(f"{folder} is not a diffusers checkpoint: it has no {INDEX}")
+    index = read_config(folder / INDEX)
+    others = sorted(key for key in ("text_encoder_2", "transformer", "prior", "controlnet") if key in index)
+    if others:
+        raise CheckpointError(
+            f"{folder} is a {index.get('_class_name')} (it has {others[0]}), not a Stable Diffusion 1 or 2 model"
+        )
+    for part in PARTS:
+        if not (folder / part).is_dir():
+            raise CheckpointError(f"{folder} is not whole: it has no {part}/")
+    return Components(
+        text_encoder=load_text_encoder(folder / "text_encoder", allow_pickle=allow_pickle),
+        unet=unet or load_diffusers_model(UNet2DConditionModel, folder / "unet", allow_pickle=allow_pickle),
+        vae=load_diffusers_model(AutoencoderKL, folder / "vae", allow_pickle=allow_pickle),
+        tokenizer=vocabulary.load(folder / "tokenizer"),
+        scheduler_config={
+            key: value
+            for key, value in read_config(folder / "scheduler" / "scheduler_config.json").items()
+            if key != "_diffusers_version"
+        },
+    )
+
+
+def load_unet(folder: Path, *, allow_pickle: bool = False) -> UNet2DConditionModel:
+    """A trained U-Net: its own folder, or the unet/ of a whole checkpoint. Raises CheckpointError."""
+    found = unet_folder(folder)
+    if not found:
+        raise CheckpointError(f"{folder} holds no U-Net (config.json and weights, or a unet/ folder with them)")
+    return load_diffusers_model(UNet2DConditionModel, found, allow_pickle=allow_pickle)
+
+
+def unet_folder(folder: Path) -> Path | None:
+    """Where in `folder` the U-Net's config.json lies, if anywhere."""
+    return next((place for place in (folder, folder / "unet") if (place / "config.json").is_file()), None)
+
+
+def record(folder: Path) -> dict[str, object]:
+    """What save() wrote beside the weights: variant, source, licence; empty for a checkpoint of another's making."""
+    return read_config(folder / RECORD) if (folder / RECORD).is_file() else {}
 
 
 def save(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -80,14 +136,6 @@ def _write(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> N
     write_json(folder / "text_encoder" / "config.json", {**text_config, "architectures": ["CLIPTextModel"]})
     tensors = {with_clip_prefix(key): tensor for key, tensor in checkpoint.text_encoder.state_dict().items()}
     _write_tensors(tensors, folder / "text_encoder" / "model.safetensors", dtype)
-
-
-def with_clip_prefix(key: str) -> str:
-    """Restore the prefix that transformers >= 5.6 drops.
-
-    transformers 4 takes a file without it for one in which every key is missing, warns, and runs a random text encoder.
-    """
-    return key if key.startswith(CLIP_PREFIX) else CLIP_PREFIX + key
 
 
 def _model_index(scheduler: str) -> dict[str, object]:

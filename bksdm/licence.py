@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -52,6 +53,14 @@ def of_folder(folder: Path, *, name: str | None = None) -> Licence | None:
                 raise CheckpointError(f"{path} cannot be read as text ({reason})") from reason
             return Licence(name or _name_in(notice), notice)
     return None
+
+
+def of_header(entries: Mapping[str, str], source: str) -> Licence:
+    """What a single file says of itself in its header (the modelspec entries); unknown when it says nothing."""
+    if name := entries.get("modelspec.license"):
+        author = entries.get("modelspec.author", "its author")
+        return Licence(name, f"{source} by {author} names its licence in its header: {name}\n")
+    return unknown(source)
 
 
 def unknown(source: str) -> Licence:
