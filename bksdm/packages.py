@@ -120,8 +120,6 @@ def _run_client(package: Package, folder: Path) -> None:
         command = [client, "pack", "--silent", spec]
     else:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", spec]
-        if package.file.endswith(".tar.gz"):
-            command += ["--no-binary", ":all:", "--no-build-isolation"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

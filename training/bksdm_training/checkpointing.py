@@ -87,7 +87,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tenso
     nested: dict[int, dict[str, Tensor]] = {}
     for key, value in flat.items():
         index, name = key.split(".", 1)
-        nested.setdefault(int(index), {})[name] = value
+        nested.setdefault(int(index), {})[name] = value.clone()  # load_state_dict keeps the tensor itself
     whole = optimizer.state_dict()
     whole["state"] = nested
     optimizer.load_state_dict(whole)

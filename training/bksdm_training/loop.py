@@ -42,36 +42,37 @@ def run(
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=config.weight_decay)
     average = {key: value.detach().clone() for key, value in module.state_dict().items()}
     first = _resume(folder, module, optimizer, average) + 1
-    log = _Log(folder / "log.jsonl", first)
     module.train()
-    bar = tqdm(total=config.steps, initial=first - 1, desc=name, unit="step", dynamic_ncols=True)
-    for step in range(first, config.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            terms = loss_at(step, seeded(config.seed, step))
-        loss = torch.stack(list(terms.values())).sum()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(trainable, config.clip)
-        if not torch.isfinite(norm):
-            raise DivergedError(f"{name}: the gradient is {norm.item()} at step {step}: lower the learning rate")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        _average(average, module, min(config.ema_decay, (1 + step) / (10 + step)))
-        figures = {key: value.item() for key, value in terms.items()}
-        log.write(step, figures)
-        bar.set_postfix({key: f"{value:.4f}" for key, value in figures.items()}, refresh=False)
-        bar.update()
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            groups = {
-                "weights": module.state_dict(),
-                "ema": average,
-                "optimizer": checkpointing.optimizer_tensors(optimizer),
-            }
-            checkpointing.save(folder, checkpointing.State(step, groups, {"stage": name}))
-            with _Swapped(module, average):
-                on_checkpoint(step, module)
-    bar.close()
+    with (
+        _Log(folder / "log.jsonl", first) as log,
+        tqdm(total=config.steps, initial=first - 1, desc=name, unit="step", dynamic_ncols=True) as bar,
+    ):
+        for step in range(first, config.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate_at(step)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+                terms = loss_at(step, seeded(config.seed, step))
+            loss = torch.stack(list(terms.values())).sum()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(trainable, config.clip)
+            if not torch.isfinite(norm):
+                raise DivergedError(f"{name}: the gradient is {norm.item()} at step {step}: lower the learning rate")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            _average(average, module, min(config.ema_decay, (1 + step) / (10 + step)))
+            figures = {key: value.item() for key, value in terms.items()}
+            log.write(step, figures)
+            bar.set_postfix({key: f"{value:.4f}" for key, value in figures.items()}, refresh=False)
+            bar.update()
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                groups = {
+                    "weights": module.state_dict(),
+                    "ema": average,
+                    "optimizer": checkpointing.optimizer_tensors(optimizer),
+                }
+                checkpointing.save(folder, checkpointing.State(step, groups, {"stage": name}))
+                with _Swapped(module, average):
+                    on_checkpoint(step, module)
     module.load_state_dict(average)
     return module.eval()
 
@@ -79,7 +80,8 @@ def run(
 def read_log(folder: Path) -> list[dict[str, float]]:
     """The loss log of a stage: one {"step", term: value, ...} a step."""
     path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may have cut the last one
 
 
 def _resume(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
@@ -124,9 +126,17 @@ class _Log:
 
     def __init__(self, path: Path, first: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_log(path.parent) if row["step"] < first] if path.is_file() else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = path.open("a", buffering=1)
+        kept = [row for row in read_log(path.parent) if row["step"] < first]
+        staging = path.with_name(f".{path.name}")
+        staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        staging.replace(path)
+        self.file = path.open("a", buffering=1)  # a line at a time: what a kill can cut off is one line
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in figures.items()}}) + "\n")
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()

@@ -1,0 +1,76 @@
+"""A tiny image folder and tiny settings: the whole of the teacher's training in seconds."""
+
+from __future__ import annotations
+
+import colorsys
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from bksdm_training import vae
+from bksdm_training.config import LoopConfig, TeacherConfig
+
+MINI = TeacherConfig(
+    size=64,
+    crop=32,
+    unet_channels=(16, 16, 16, 16),
+    unet_heads=2,
+    unet_groups=8,
+    text_width=16,
+    text_layers=1,
+    text_heads=2,
+    vae_channels=(8, 8, 8, 8),
+    vae_groups=4,
+    vae=LoopConfig(steps=6, batch_size=4, learning_rate=1e-3, warmup=2, checkpoint_every=2),
+    unet=LoopConfig(steps=6, batch_size=4, learning_rate=1e-3, warmup=2, checkpoint_every=2),
+)
+
+
+@pytest.fixture
+def mini_config() -> TeacherConfig:
+    return replace(MINI)
+
+
+@pytest.fixture(scope="session")
+def mini_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve flat discs with their colours as captions, in two splits."""
+    root = tmp_path_factory.mktemp("data") / "discs"
+    y, x = np.mgrid[:64, :64]
+    disc = ((y - 32) ** 2 + (x - 32) ** 2 < 24**2)[..., None]
+    for split, count in (("train", 12), ("unseen", 3)):
+        (root / split).mkdir(parents=True)
+        lines = []
+        for i in range(count):
+            colour = np.array(colorsys.hsv_to_rgb(i / count, 1, 0.9)) * 255
+            Image.fromarray(np.where(disc, colour, 255).astype(np.uint8)).save(root / split / f"{i}.png")
+            lines.append(json.dumps({"file_name": f"{i}.png", "text": f"disc {i}", "captions": [f"disc {i}", f"{i}"]}))
+        (root / split / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (root / "dataset.json").write_text("{}")
+    (root / "LICENSE").write_text("Discs: public domain.\n")
+    return root
+
+
+class SquaredError(nn.Module):
+    """Stands where LPIPS stands: its weights come from a package registry, which quick tests do not ask."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().mean((1, 2, 3))
+
+
+@pytest.fixture
+def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vae, "Lpips", SquaredError)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

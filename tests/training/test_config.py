@@ -1,0 +1,28 @@
+import pytest
+
+from bksdm_training.config import PRESETS, LoopConfig, TeacherConfig, with_steps
+
+
+def test_learning_rate_warms_up_stays_and_decays_to_nearly_zero():
+    config = LoopConfig(steps=100, batch_size=1, learning_rate=2.0, warmup=10, decay_share=0.25)
+    rates = [config.learning_rate_at(step) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert set(rates[9:75]) == {2.0}
+    assert rates[75:] == sorted(rates[75:], reverse=True)
+    assert 0 < rates[-1] < 0.1
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch_size": 0}, {"decay_share": 1.5}, {"ema_decay": 1.0}])
+def test_a_loop_that_cannot_run_is_refused(wrong):
+    with pytest.raises(ValueError, match="must"):
+        LoopConfig(**{"steps": 1, "batch_size": 1, "learning_rate": 1.0, **wrong})
+
+
+def test_a_size_that_does_not_halve_three_times_is_refused():
+    with pytest.raises(ValueError, match="multiple of 64"):
+        TeacherConfig(size=96)
+
+
+def test_with_steps_changes_run_lengths_alone():
+    config = with_steps(PRESETS["cpu"], 7, None)
+    assert (config.vae.steps, config.unet) == (7, PRESETS["cpu"].unet)

@@ -1,0 +1,37 @@
+import torch
+from diffusers import DDPMScheduler
+
+from bksdm import checkpoint
+from bksdm_training.config import PRESETS
+from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, min_snr_weights, silence_unseen_tokens
+from bksdm_training.vae import build_vae
+
+
+def test_min_snr_weights_equal_the_paper_formula():
+    alphas = DDPMScheduler.from_config(SCHEDULER_CONFIG).alphas_cumprod.double()
+    expected = torch.tensor([min(a / (1 - a), 5.0) / (a / (1 - a)) for a in alphas.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(min_snr_weights(alphas, 5.0), expected, rtol=1e-12, atol=0)
+
+
+def test_the_denoiser_has_the_stage_pattern_of_sd_v1():
+    unet = Denoiser(PRESETS["cpu"], checkpoint.tokenizer()).unet
+    assert unet.config["down_block_types"] == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    assert unet.config["up_block_types"] == ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    assert unet.config["layers_per_block"] == 2
+    assert unet.config["mid_block_type"] == "UNetMidBlock2DCrossAttn"
+
+
+def test_the_demo_family_fits_40_mb_in_half_precision():
+    with torch.device("meta"):
+        parts = (Denoiser(PRESETS["cpu"], checkpoint.tokenizer()), build_vae(PRESETS["cpu"]))
+    parameters = sum(p.numel() for part in parts for p in part.parameters())
+    assert parameters * 2 < 36e6  # the tokenizer's files need the rest
+
+
+def test_tokens_that_training_never_showed_embed_to_zero(mini_config):
+    encoder = Denoiser(mini_config, checkpoint.tokenizer()).text_encoder
+    before = encoder.get_input_embeddings().weight.clone()
+    silence_unseen_tokens(encoder, torch.tensor([[5, 7], [7, 9]]))
+    after = encoder.get_input_embeddings().weight
+    assert torch.equal(after[[5, 7, 9]], before[[5, 7, 9]])
+    assert after.abs().sum(1).count_nonzero() == 3

@@ -1,0 +1,97 @@
+"""The loop: exact resume, averaged weights, and refusing to go on from another model."""
+
+import pytest
+import torch
+from torch import nn
+
+from bksdm_training import loop
+from bksdm_training.checkpointing import ResumeError, load_newest
+from bksdm_training.config import LoopConfig
+from bksdm_training.loop import DivergedError
+
+CONFIG = LoopConfig(steps=12, batch_size=1, learning_rate=1e-2, warmup=2, checkpoint_every=4, ema_decay=0.9)
+
+
+class KilledError(Exception):
+    pass
+
+
+def _train(folder, *, die_at=None, config=CONFIG, width=4):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
+
+    def loss_at(step, generator):
+        if step == die_at:
+            raise KilledError
+        x = torch.randn(8, 3, generator=generator)
+        return {"mse": (module(x) - x.sum(1, keepdim=True)).square().mean()}
+
+    return loop.run(
+        "toy", module, loss_at, config, folder, device=torch.device("cpu"), on_checkpoint=lambda step, module: None
+    )
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
+    whole = _train(tmp_path / "whole")
+    for die_at in (6, 9, 12):
+        with pytest.raises(KilledError):
+            _train(tmp_path / "broken", die_at=die_at)
+    broken = _train(tmp_path / "broken")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, broken.state_dict()[key]), key
+    assert loop.read_log(tmp_path / "whole") == loop.read_log(tmp_path / "broken")
+
+
+def test_what_comes_back_is_the_average_of_the_weights(tmp_path):
+    torch.manual_seed(0)
+    module = nn.Linear(1, 1, bias=False)
+    seen = []
+
+    def loss_at(step, generator):
+        seen.append(module.weight.detach().clone())
+        return {"mse": module.weight.square().sum()}
+
+    config = LoopConfig(steps=5, batch_size=1, learning_rate=0.1, ema_decay=0.5, checkpoint_every=5)
+    start = module.weight.detach().clone()
+    made = loop.run("toy", module, loss_at, config, tmp_path, device=torch.device("cpu"), on_checkpoint=lambda *_: None)
+    state = load_newest(tmp_path)
+    assert state is not None
+    raw = [*seen[1:], state.groups["weights"]["weight"]]
+    average = start
+    for step, weight in enumerate(raw, 1):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(made.weight.detach(), average, rtol=1e-6, atol=1e-7)
+
+
+def test_a_finished_run_is_only_loaded(tmp_path):
+    first = _train(tmp_path)
+    again = _train(tmp_path, die_at=1)  # no step is taken
+    assert torch.equal(first[0].weight, again[0].weight)
+
+
+def test_a_finished_run_can_be_prolonged(tmp_path):
+    _train(tmp_path)
+    longer = LoopConfig(**{**CONFIG.__dict__, "steps": 16})
+    _train(tmp_path, config=longer)
+    assert [row["step"] for row in loop.read_log(tmp_path)] == list(range(1, 17))
+
+
+def test_state_of_another_model_is_refused(tmp_path):
+    _train(tmp_path)
+    with pytest.raises(ResumeError, match="does not fit this model"):
+        _train(tmp_path, width=5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    module = nn.Linear(1, 1)
+    with pytest.raises(DivergedError, match="at step 1"):
+        loop.run(
+            "toy",
+            module,
+            lambda step, generator: {"loss": module.weight.sum() * float("nan")},
+            CONFIG,
+            tmp_path,
+            device=torch.device("cpu"),
+            on_checkpoint=lambda *_: None,
+        )
