@@ -2,8 +2,9 @@ import json
 
 import numpy as np
 import pytest
-from bksdm_evaluation.retrieval import DatasetError, rank, read_dataset
 from PIL import Image
+
+from bksdm_evaluation.retrieval import DatasetError, rank, read_dataset
 
 
 def test_ranks_count_the_pictures_that_are_nearer():
