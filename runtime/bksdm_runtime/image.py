@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from bksdm_runtime.request import Request, RequestError
 
 # How the common image tools name our samplers in a `parameters` chunk.
 _TOOL_NAMES = {"pndm": "PLMS", "ddim": "DDIM", "euler": "Euler", "dpmsolver++": "DPM++ 2M"}
+MAX_BATCH = 1024  # far past what any memory holds; a damaged picture must not ask for more
 # Everything that Pillow raises on a file that is not, or only half, a picture.
 _BROKEN_PICTURE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -30,6 +32,8 @@ class Provenance:
     """What made a picture, besides its request.
 
     bundle: the bundle's hash (see bundle.Bundle.sha256); init_image: SHA-256 of the init image's file, "" without.
+    batch_size, batch_index, threads: a backend may round differently in another batch or on other threads (None: its
+    own choice), so they belong to what makes the same picture again bit for bit.
     """
 
     bundle: str
@@ -37,7 +41,9 @@ class Provenance:
     backend: str
     precision: str
     version: str
-    batch_size: int
+    batch_size: int = 1
+    batch_index: int = 0
+    threads: int | None = None
     init_image: str = ""
 
 
@@ -46,23 +52,26 @@ def to_uint8(decoded: NDArray[np.float32]) -> NDArray[np.uint8]:
 
     Rounds as diffusers' VaeImageProcessor does (denormalize, then numpy_to_pil).
     """
-    unit = (decoded / np.float32(2) + np.float32(0.5)).clip(0, 1)
-    return (unit.transpose(0, 2, 3, 1) * np.float32(255)).round().astype(np.uint8)
+    unit = np.minimum(np.maximum(decoded / np.float32(2) + np.float32(0.5), 0), 1)
+    levels = np.rint(unit * np.float32(255)).astype(np.uint8)
+    return np.moveaxis(levels, 1, 3)
 
 
 def from_image(image: Image.Image, height: int, width: int) -> NDArray[np.float32]:
     """A picture -> [1, 3, height, width] float32 in [-1, 1], resized as diffusers' VaeImageProcessor does (Lanczos)."""
     upright = ImageOps.exif_transpose(image).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    unit = np.asarray(upright, dtype=np.float32) / np.float32(255)  # [H, W, 3]
-    return (np.float32(2) * unit - np.float32(1)).transpose(2, 0, 1)[None]
+    levels = np.asarray(upright, dtype=np.float32)  # [H, W, 3]
+    symmetric = (levels / np.float32(255) * np.float32(2) - np.float32(1)).astype(np.float32)
+    return np.moveaxis(symmetric, 2, 0)[None]
 
 
 def open_image(path: Path) -> Image.Image:
     """Read any picture that Pillow reads, whole. Raises ImageError."""
     try:
-        with Image.open(path) as image:
+        image = Image.open(path)
+        with image:
             image.load()
-            return image
+        return image
     except FileNotFoundError:
         raise ImageError(f"there is no picture {path}") from None
     except _BROKEN_PICTURE as error:
@@ -93,8 +102,10 @@ def save_png(path: Path, pixels: NDArray[np.uint8], request: Request, provenance
 def read_request(path: Path) -> tuple[Request, Provenance]:
     """The request and the provenance that save_png wrote. Raises ImageError when there are none, or damaged ones."""
     try:
-        with Image.open(path) as image:
-            texts = {str(name): str(text) for name, text in image.info.items() if isinstance(text, str)}
+        image = Image.open(path)
+        with image:
+            information = cast("dict[object, object]", image.info)
+        texts = {str(name): str(text) for name, text in information.items() if isinstance(text, str)}
     except FileNotFoundError:
         raise ImageError(f"there is no picture {path}") from None
     except _BROKEN_PICTURE as error:
@@ -122,8 +133,12 @@ def read_request(path: Path) -> tuple[Request, Provenance]:
             precision=texts["precision"],
             version=texts["Software"].removeprefix("bksdm "),
             batch_size=int(texts["batch_size"]),
+            batch_index=int(texts["batch_index"]),
+            threads=int(texts["threads"]) if texts["threads"] != "auto" else None,
             init_image=texts.get("init_image_sha256", ""),
         )
+        if not 0 <= provenance.batch_index < provenance.batch_size <= MAX_BATCH or provenance.threads == 0:
+            raise ValueError("its batch or its threads make no sense")
     except KeyError as error:
         raise ImageError(f"{path} does not say how it was made: its {error.args[0]} is missing") from None
     except (RequestError, ValueError) as error:
@@ -149,6 +164,8 @@ def _texts(request: Request, provenance: Provenance, height: int, width: int) ->
         "backend": provenance.backend,
         "precision": provenance.precision,
         "batch_size": str(provenance.batch_size),
+        "batch_index": str(provenance.batch_index),
+        "threads": "auto" if provenance.threads is None else str(provenance.threads),
         "Software": f"bksdm {provenance.version}",
     }
     if isinstance(request.init_image, Path):

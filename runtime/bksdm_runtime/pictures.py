@@ -17,7 +17,7 @@ from bksdm_runtime import bundle as bundles
 from bksdm_runtime.bundle import Bundle, BundleError
 from bksdm_runtime.engine import EngineError
 from bksdm_runtime.image import ImageError, Provenance, read_request, save_png
-from bksdm_runtime.naming import NamingError, Target, targets
+from bksdm_runtime.naming import NamingError, targets
 from bksdm_runtime.pipeline import Images, Pipeline, Step
 from bksdm_runtime.request import Request, RequestError
 from bksdm_runtime.schedule import ScheduleError
@@ -33,7 +33,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Order:
-    """One run of the command. bundle: None for $BKSDM_BUNDLE or the demo; output: what -o said."""
+    """One run of the command.
+
+    bundle: None for $BKSDM_BUNDLE or the demo. output: what -o said. keep: save only this one of the requests.
+    """
 
     requests: tuple[Request, ...]
     bundle: Path | None
@@ -41,6 +44,7 @@ class Order:
     backend: str
     threads: int | None
     batch_size: int | None
+    keep: int | None = None
 
 
 def order_from_png(picture: Path, bundle: Path | None, output: str | None, backend: str, threads: int | None) -> Order:
@@ -64,7 +68,16 @@ def order_from_png(picture: Path, bundle: Path | None, output: str | None, backe
     if backend not in ("auto", provenance.backend):
         log.warning("%s was made on %s: on %s pixels may differ", picture, provenance.backend, backend)
     chosen = provenance.backend if backend == "auto" else backend
-    return Order((request,), folder, output, chosen, threads, batch_size=1)
+    # The same company in the same batch (of itself): nothing that a backend may round differently is left.
+    return Order(
+        requests=(request,) * provenance.batch_size,
+        bundle=folder,
+        output=output,
+        backend=chosen,
+        threads=provenance.threads if threads is None else threads,
+        batch_size=provenance.batch_size,
+        keep=provenance.batch_index,
+    )
 
 
 def make(order: Order) -> Generator[Path, None, None]:
@@ -77,13 +90,14 @@ def make(order: Order) -> Generator[Path, None, None]:
     model = bundle.manifest.model
     if notice:
         log.warning("%s (%d x %d pixels); --bundle or $BKSDM_BUNDLE picks another", notice, model.width, model.height)
-    places = targets(order.output, order.requests)
-    for place in places:
-        _prepare(place.path.parent)
+    kept = range(len(order.requests)) if order.keep is None else (order.keep,)
+    places = dict(zip(kept, targets(order.output, [order.requests[i] for i in kept]), strict=True))
+    for folder_of_pictures in {place.path.parent for place in places.values()}:
+        _prepare(folder_of_pictures)
     pipeline = Pipeline.open(bundle, backend=order.backend, threads=order.threads)
     log.info("%s (%s, %s) on %s", folder, bundle.manifest.variant, bundle.manifest.precision, pipeline.backend)
     hashes = _init_image_hashes(order.requests)
-    count = len(order.requests)
+    count = len(kept)
     evaluations = pipeline.evaluations(order.requests[0])  # the same for all of an order
     done, batch_end = 0, 0
     # Open before the first evaluation is done: at full size on a CPU that takes seconds.
@@ -92,18 +106,21 @@ def make(order: Order) -> Generator[Path, None, None]:
         try:
             for item in items:
                 if isinstance(item, Step):
-                    batch_end = done + len(item.positions)
+                    batch_end = done + len(places.keys() & set(item.positions))
                     bar.set_description_str(_title(done + 1, batch_end, count), refresh=False)
                     bar.update()
                     if item.index == item.total - 1:
                         bar.set_postfix_str("decoding")
-                else:
+                elif item.positions[0] in places:  # the pipeline decodes one at a time
                     bar.set_postfix_str("", refresh=False)
                     bar.close()
-                    path = _save(item, places, bundle, pipeline.backend, hashes)
+                    path = places[item.positions[0]].free_path()
+                    _save(path, item, bundle, pipeline.backend, order.threads, hashes)
                     done += 1
                     yield path
-                    if done == batch_end < count:
+                    if done == count:
+                        return
+                    if done == batch_end:
                         bar = _bar(evaluations, _title(done + 1, done + 1, count))
         finally:
             bar.close()
@@ -139,8 +156,10 @@ def _init_image_hashes(requests: Sequence[Request]) -> dict[Path, str]:
         raise ImageError(f"the init image cannot be read: {error}") from None
 
 
-def _save(item: Images, places: Sequence[Target], bundle: Bundle, backend: str, hashes: Mapping[Path, str]) -> Path:
-    [position], [request], [pixels] = item.positions, item.requests, item.pixels  # the pipeline decodes one at a time
+def _save(
+    path: Path, item: Images, bundle: Bundle, backend: str, threads: int | None, hashes: Mapping[Path, str]
+) -> None:
+    [request], [pixels], [batch_index] = item.requests, item.pixels, item.batch_indices
     provenance = Provenance(
         bundle=bundle.sha256,
         variant=bundle.manifest.variant,
@@ -148,11 +167,11 @@ def _save(item: Images, places: Sequence[Target], bundle: Bundle, backend: str, 
         precision=bundle.manifest.precision,
         version=version(),
         batch_size=item.batch_size,
+        batch_index=batch_index,
+        threads=threads,
         init_image=hashes[request.init_image] if isinstance(request.init_image, Path) else "",
     )
-    path = places[position].free_path()
     save_png(path, pixels, request, provenance)
-    return path
 
 
 def _title(first: int, last: int, count: int) -> str:

@@ -26,6 +26,8 @@ from bksdm_runtime.tokenizer import Tokenizer
 
 Array = NDArray[np.float32]
 
+_KEPT_CONTEXTS = 256  # 60 MB at [77, 768]: a list of prompts may be endless
+
 log = logging.getLogger(__name__)
 
 
@@ -50,13 +52,15 @@ class Step:
 class Images:
     """Finished pictures. positions: which of the requests they answer; pixels: [B, H, W, 3] uint8.
 
-    requests: those requests, with height and width filled in; batch_size: how many shared the U-Net evaluations.
+    requests: those requests, with height and width filled in. batch_size: how many shared the U-Net evaluations;
+    batch_indices: where in that batch these stood.
     """
 
     positions: tuple[int, ...]
     requests: tuple[Request, ...]
     pixels: NDArray[np.uint8]
     batch_size: int
+    batch_indices: tuple[int, ...]
 
 
 def sample(
@@ -70,12 +74,12 @@ def sample(
     is schedule.py's, computed in float64 and applied here in float32.
     """
     f = np.float32
-    x = f(schedule.initial[1]) * noise  # [B, C, h, w]
+    x = noise * f(schedule.initial[1])  # [B, C, h, w]
     if clean is not None:
-        x = f(schedule.initial[0]) * clean + x
+        x = clean * f(schedule.initial[0]) + x
     history: list[Array] = []  # newest first, as long as a row of b
     for i, timestep in enumerate(schedule.timesteps):
-        model_input = f(schedule.input_scale[i]) * x
+        model_input = x * f(schedule.input_scale[i])
         if guidance is not None:
             model_input = np.concatenate([model_input, model_input])  # [2B, C, h, w]
         output = _run(
@@ -88,12 +92,12 @@ def sample(
         if guidance is not None:
             negative, positive = np.split(output, 2)
             output = negative + guidance[:, None, None, None] * (positive - negative)  # [B, C, h, w]
-        remembered = f(schedule.keep[i, 0]) * x + f(schedule.keep[i, 1]) * output
+        remembered = x * f(schedule.keep[i, 0]) + output * f(schedule.keep[i, 1])
         history = [remembered, *history][: schedule.b.shape[1]]
-        x = f(schedule.a[i]) * x
+        x = x * f(schedule.a[i])
         for weight, past in zip(schedule.b[i], history, strict=False):
             if weight:
-                x = x + f(weight) * past
+                x = x + past * f(weight)
         yield float(timestep), x
 
 
@@ -174,7 +178,8 @@ class Pipeline:
         parameters = _run(self._engines["vae_encoder"], "latent_parameters", sample=from_image(image, height, width))[0]
         mean, log_variance = np.split(parameters, 2)  # [C, h, w] each
         # The bounds are diffusers' DiagonalGaussianDistribution's.
-        deviation = np.exp(np.float32(0.5) * log_variance.clip(-30, 20))
+        bounded: Array = np.minimum(np.maximum(log_variance, -30), 20)
+        deviation = np.exp(bounded * np.float32(0.5))
         latents = mean + deviation * generator.randn(mean.shape)
         return latents * np.float32(self.bundle.manifest.model.scaling_factor)
 
@@ -199,8 +204,11 @@ class Pipeline:
             guided = batch.requests[0].guidance_scale > 1
             negatives = [request.negative_prompt for request in batch.requests] if guided else []
             texts = [*negatives, *(request.prompt for request in batch.requests)]
-            # One at a time, so that a prompt's context does not depend on its company; kept while they are in use.
-            contexts = {text: contexts[text] if text in contexts else self.encode_text(text) for text in set(texts)}
+            if len(contexts) > _KEPT_CONTEXTS:
+                contexts = {text: contexts[text] for text in set(texts) & contexts.keys()}
+            for text in texts:
+                if text not in contexts:  # one at a time: a prompt's context must not depend on its company
+                    contexts[text] = self.encode_text(text)
             context = np.stack([contexts[text] for text in texts])  # [2B, 77, D], or [B, 77, D] unguided
             guidance = np.array([r.guidance_scale for r in batch.requests], np.float32) if guided else None
             clean, noise = self._start(batch, pictures)
@@ -211,8 +219,8 @@ class Pipeline:
                 yield Step(index, len(batch.schedule.timesteps), timestep, latents, batch.positions, preview)
             if not np.isfinite(latents).all():
                 raise EngineError("unet gave NaN or infinity: the picture is lost (an fp16 graph may have overflowed)")
-            for position, request, one in zip(batch.positions, batch.requests, latents, strict=True):
-                yield Images((position,), (request,), self.decode(one[None]), len(batch.requests))
+            for i, (position, request) in enumerate(zip(batch.positions, batch.requests, strict=True)):
+                yield Images((position,), (request,), self.decode(latents[i : i + 1]), len(latents), (i,))
 
     def _start(self, batch: Batch, pictures: Mapping[Path, Image.Image]) -> tuple[Array | None, Array]:
         """Clean latents (None without init images) and noise, [B, C, h, w] each, every image from its own generator."""

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bksdm_runtime import bundle as bundles
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from bksdm_runtime import bundle as bundles
 
 TOKENS, CONTEXT, LATENTS, HIDDEN, VOCABULARY = 77, 16, 4, 8, 49_408
 SCALING_FACTOR = 0.18215
@@ -61,7 +62,7 @@ def draw_weights() -> ToyWeights:
         time=draw(HIDDEN),
         context=draw(CONTEXT, HIDDEN, scale=0.5),
         conv_out=draw(LATENTS, HIDDEN, 3, 3, scale=0.2),
-        decoder=draw(3, LATENTS, 1, 1, scale=0.1),
+        decoder=draw(3, LATENTS, 1, 1, scale=0.01),
         encoder=draw(2 * LATENTS, 3, 8, 8, scale=0.02),
     )
 

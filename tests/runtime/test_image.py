@@ -11,6 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
 from bksdm_runtime.image import (
     ImageError,
     Provenance,
@@ -21,10 +26,6 @@ from bksdm_runtime.image import (
     to_uint8,
 )
 from bksdm_runtime.request import SEED_MAX, SEED_MIN, Request
-from diffusers.image_processor import VaeImageProcessor
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
 
 PROVENANCE = Provenance(
     bundle="0123456789abcdef" * 4,
@@ -33,6 +34,8 @@ PROVENANCE = Provenance(
     precision="fp32",
     version="0.1.0",
     batch_size=2,
+    batch_index=1,
+    threads=3,
 )
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
 REQUEST = Request("a red apple", seed=1, height=16, width=24)
@@ -118,6 +121,8 @@ def test_the_chunks_are_there_by_name(tmp_path: Path) -> None:
         "backend": "onnxruntime",
         "precision": "fp32",
         "batch_size": "2",
+        "batch_index": "1",
+        "threads": "3",
         "Software": "bksdm 0.1.0",
     }
     assert parameters == (
@@ -166,6 +171,9 @@ def test_a_picture_of_someone_else_is_refused(tmp_path: Path) -> None:
         ("sampler", "magic", "says wrongly how it was made: sampler 'magic' is unknown"),
         ("steps", None, "its steps is missing"),
         ("prompt", None, "its prompt is missing"),
+        ("batch_size", "1000000000", "its batch or its threads make no sense"),
+        ("batch_index", "2", "its batch or its threads make no sense"),
+        ("threads", "0", "its batch or its threads make no sense"),
     ],
 )
 def test_damaged_texts_are_one_sentence(tmp_path: Path, name: str, text: str | None, match: str) -> None:
