@@ -27,7 +27,7 @@ from bksdm.licence import Licence
 from bksdm.unet import unet_config
 from bksdm.variants import VARIANTS, Variant
 
-__all__ = ["Checkpoint", "CheckpointError", "Licence", "demo_folder", "load", "save", "tokenizer"]
+__all__ = ["Checkpoint", "CheckpointError", "Licence", "demo_folder", "load", "save", "tokenizer", "variant_of"]
 
 CUSTOM = "custom"
 
@@ -116,6 +116,12 @@ def save(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype | None = No
     diffusers_folder.save(checkpoint, folder, dtype=dtype)
 
 
+def variant_of(unet: UNet2DConditionModel, *, claimed: str | None = None) -> str:
+    """The row whose U-Net this is, or "custom". claimed: preferred where it fits, as rows can share an architecture."""
+    names = [claimed, *VARIANTS] if claimed in VARIANTS else list(VARIANTS)
+    return next((name for name in names if name and not _difference(VARIANTS[name], unet)), CUSTOM)
+
+
 def demo_folder() -> Path:
     """<repository>/checkpoints/demo. Raises CheckpointError where there is none (an installed wheel)."""
     folder = Path(__file__).resolve().parent.parent / "checkpoints" / "demo"
@@ -172,13 +178,12 @@ def _existing(path: Path) -> Path:
 
 
 def _name(row: Variant | None, claimed: str | None, unet: UNet2DConditionModel, source: str) -> str:
-    """The variant asked for, which must fit; else the recorded one if it fits; else the first row that does."""
-    if row is not None:
-        if difference := _difference(row, unet):
-            raise CheckpointError(f"{source} is not {row.name!r}: {difference}")
-        return row.name
-    names = [claimed, *VARIANTS] if claimed in VARIANTS else list(VARIANTS)
-    return next((name for name in names if name and not _difference(VARIANTS[name], unet)), CUSTOM)
+    """The variant asked for, which must fit, or whatever fits."""
+    if row is None:
+        return variant_of(unet, claimed=claimed)
+    if difference := _difference(row, unet):
+        raise CheckpointError(f"{source} is not {row.name!r}: {difference}")
+    return row.name
 
 
 def _difference(row: Variant, unet: UNet2DConditionModel) -> str | None:

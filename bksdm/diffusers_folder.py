@@ -102,6 +102,8 @@ def save(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype | None = No
         shutil.rmtree(partial, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
+        elif replaced.exists():  # the second rename failed: put the old checkpoint back
+            replaced.rename(folder)
 
 
 def _refuse_foreign(folder: Path) -> None:

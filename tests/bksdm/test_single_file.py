@@ -1,0 +1,321 @@
+"""Single files under LDM keys: converted there by rules typed out here, and back by the loader, tensors equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from bksdm import checkpoint, random_weights, single_file
+from bksdm.architecture import SD_V1_4, SD_V2_1, SD_V2_1_BASE, Architecture
+from bksdm.block_removal import compress
+from bksdm.checkpoint import Checkpoint, CheckpointError
+from bksdm.unet import build_unet, unet_config
+from bksdm.variants import BASE, SMALL, TINY, Removal
+
+Tensors = dict[str, torch.Tensor]
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def ldm_unet(unet: UNet2DConditionModel, *, gaps: bool) -> Tensors:
+    """LDM keys, numbered without gaps, or (as diffusers' script numbers students) with those of the full U-Net."""
+    layers = 2 if gaps else unet.config["layers_per_block"]
+    result: Tensors = {}
+    for key, tensor in unet.state_dict().items():
+        words = key.split(".")
+        if words[0] in ("down_blocks", "up_blocks", "mid_block"):
+            mid = words[0] == "mid_block"
+            stage = 0 if mid else int(words[1])
+            kind, number, *rest = words[1:] if mid else words[2:]
+            number = int(number)
+            if kind == "resnets":
+                rest[0] = RESNET[rest[0]]
+            tail = ".".join(rest)
+            if mid:
+                place = f"middle_block.{2 * number if kind == 'resnets' else 1}"
+            elif kind == "downsamplers":
+                place, tail = f"input_blocks.{(layers + 1) * (stage + 1)}.0", tail.replace("conv", "op")
+            elif kind == "upsamplers":
+                attention = unet.config["up_block_types"][stage].startswith("Cross")
+                slot = (0 if stage == 0 else 1) + 1 if gaps else 1 + attention
+                place = f"output_blocks.{(layers + 1) * stage + layers}.{slot}"
+            elif words[0] == "down_blocks":
+                place = f"input_blocks.{(layers + 1) * stage + number + 1}.{0 if kind == 'resnets' else 1}"
+            else:
+                place = f"output_blocks.{(layers + 1) * stage + number}.{0 if kind == 'resnets' else 1}"
+            name = f"{place}.{tail}"
+        else:
+            start = next(prefix for prefix in OUTSIDE if key.startswith(prefix + "."))
+            name = OUTSIDE[start] + key.removeprefix(start)
+        result[f"model.diffusion_model.{name}"] = tensor
+    return result
+
+
+def ldm_vae(vae: AutoencoderKL) -> Tensors:
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    result: Tensors = {}
+    for key, tensor in vae.state_dict().items():
+        name = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        for i in range(4):
+            name = name.replace(f"down_blocks.{i}.resnets.", f"down.{i}.block.")
+            name = name.replace(f"down_blocks.{i}.downsamplers.0.", f"down.{i}.downsample.")
+            name = name.replace(f"up_blocks.{i}.resnets.", f"up.{3 - i}.block.")
+            name = name.replace(f"up_blocks.{i}.upsamplers.0.", f"up.{3 - i}.upsample.")
+        name = name.replace("mid_block.resnets.0.", "mid.block_1.").replace("mid_block.resnets.1.", "mid.block_2.")
+        if "attentions" in name:
+            for ours, theirs in attention.items():
+                name = name.replace(f"attentions.0.{ours}.", f"attentions.0.{theirs}.")
+            name = name.replace("mid_block.attentions.0.", "mid.attn_1.")
+            if tensor.dim() == 2:
+                tensor = tensor[:, :, None, None]  # LDM's are 1x1 convolutions
+        result[f"first_stage_model.{name}"] = tensor
+    return result
+
+
+def ldm_text(whole: Checkpoint, *, prefix: str = "text_model.") -> Tensors:
+    tensors = whole.text_encoder.state_dict()
+    return {
+        f"cond_stage_model.transformer.{prefix}{key.removeprefix('text_model.')}": tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def open_clip_text(whole: Checkpoint) -> Tensors:
+    names = {
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm.weight": "ln_final.weight",
+        "final_layer_norm.bias": "ln_final.bias",
+    }
+    layer = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    layer["self_attn.out_proj"] = "attn.out_proj"
+    tensors = {key.removeprefix("text_model."): value for key, value in whole.text_encoder.state_dict().items()}
+    result: Tensors = {}
+    for key, tensor in tensors.items():
+        if key in names:
+            result[names[key]] = tensor
+            continue
+        _, _, number, rest = key.split(".", 3)
+        for ours, theirs in layer.items():
+            if rest.startswith(ours + "."):
+                result[f"transformer.resblocks.{number}.{theirs}{rest.removeprefix(ours)}"] = tensor
+        if rest.startswith("self_attn.q_proj."):
+            kind = rest.rsplit(".", 1)[1]
+            three = [tensors[key.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            result[f"transformer.resblocks.{number}.attn.in_proj_{kind}"] = torch.cat(three)
+    width = whole.text_encoder.config.hidden_size
+    result["text_projection"] = torch.eye(width)
+    # SD 2 files carry the layer that is never run.
+    for key in [key for key in result if "resblocks.1." in key]:
+        result[key.replace("resblocks.1.", "resblocks.23.")] = torch.full_like(result[key], 7.0)
+    return {f"cond_stage_model.model.{key}": tensor for key, tensor in result.items()}
+
+
+@pytest.fixture(scope="module")
+def shaped(build_mini: Callable[..., Checkpoint]) -> Checkpoint:
+    """A mini model whose untold settings (32 norm groups, heads of 64 in CLIP) are the ones that LDM files imply."""
+    wide = {"block_out_channels": [32, 64, 64, 64], "norm_num_groups": 32}
+    text = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 128}
+    return build_mini(seed=11, unet={**wide, "cross_attention_dim": 64}, vae=wide, text_encoder=text)
+
+
+def write(path: Path, *parts: Tensors, metadata: dict[str, str] | None = None) -> Path:
+    merged = {key: tensor.contiguous() for part in parts for key, tensor in part.items()}
+    save_file(merged, path, metadata=metadata)
+    return path
+
+
+def assert_same(found: torch.nn.Module, expected: torch.nn.Module) -> None:
+    theirs, ours = expected.state_dict(), found.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert torch.equal(ours[key], tensor), key
+
+
+@pytest.mark.parametrize("gaps", [False, True], ids=["dense", "numbered as the full U-Net"])
+@pytest.mark.parametrize("removal", [None, BASE, SMALL, TINY], ids=["teacher", "base", "small", "tiny"])
+def test_there_and_back(shaped: Checkpoint, tmp_path: Path, removal: Removal | None, gaps: bool) -> None:
+    unet = shaped.unet if removal is None else compress(shaped.unet, removal)
+    path = write(tmp_path / "m.safetensors", ldm_unet(unet, gaps=gaps), ldm_vae(shaped.vae), ldm_text(shaped))
+    loaded = checkpoint.load(str(path))
+    assert_same(loaded.unet, unet)
+    assert_same(loaded.vae, shaped.vae)
+    assert_same(loaded.text_encoder, shaped.text_encoder)
+    for setting in unet_config(SD_V1_4.unet, TINY):
+        if setting != "sample_size":
+            assert loaded.unet.config[setting] == unet.config[setting], setting
+    assert (loaded.variant, loaded.image_size, loaded.source) == ("custom", 512, str(path))
+    with torch.no_grad():
+        arguments = torch.ones(1, 4, 8, 8), torch.tensor([7.0]), torch.ones(1, 77, 64)
+        difference = (loaded.unet(*arguments).sample - unet(*arguments).sample).abs().max().item()
+    # The tensors are equal; a mapped file is aligned otherwise, and other kernels sum in another order.
+    assert difference < 1e-5  # measured: 1.1e-6
+
+
+def test_sd2_file_with_open_clip_text_encoder(build_mini: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    wide = {"block_out_channels": [64, 128, 128, 128], "norm_num_groups": 32}
+    v2 = {**wide, "attention_head_dim": [1, 2, 2, 2], "use_linear_projection": True, "cross_attention_dim": 64}
+    text = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 128, "hidden_act": "gelu"}
+    whole = build_mini(seed=4, unet=v2, vae=wide, text_encoder=text)
+    path = write(
+        tmp_path / "v2.safetensors", ldm_unet(whole.unet, gaps=False), ldm_vae(whole.vae), open_clip_text(whole)
+    )
+    with pytest.raises(CheckpointError, match=r"whether it predicts noise or velocity.*sd-v2\.1-base.*sd-v2\.1"):
+        checkpoint.load(str(path))
+    loaded = single_file.load(path, architecture=SD_V2_1)
+    assert_same(loaded.unet, whole.unet)
+    assert_same(loaded.text_encoder, whole.text_encoder)
+    assert loaded.text_encoder.config.hidden_act == "gelu"
+    assert loaded.scheduler_config["prediction_type"] == "v_prediction"
+    assert list(loaded.unet.config["attention_head_dim"]) == [1, 2, 2, 2]
+    assert loaded.unet.config["upcast_attention"] is True
+    assert loaded.tokenizer("a", padding="max_length", max_length=77).input_ids[-1] == 0
+    with pytest.raises(CheckpointError, match=r"is not 'sd-v2\.1-base': its U-Net has block_out_channels"):
+        checkpoint.load(str(path), variant="sd-v2.1-base")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "removal"),
+    [(SD_V1_4, Removal()), (SD_V1_4, TINY), (SD_V2_1_BASE, Removal()), (SD_V2_1_BASE, SMALL)],
+    ids=["sd-v1.4", "tiny", "sd-v2.1-base", "v2-small"],
+)
+def test_full_size_architecture_is_read_off_the_keys(teacher: Architecture, removal: Removal) -> None:
+    config = unet_config(teacher.unet, removal)
+    with torch.device("meta"):
+        unet, vae = build_unet(config), AutoencoderKL(**teacher.vae)
+    shapes = {key: tuple(tensor.shape) for key, tensor in {**ldm_unet(unet, gaps=False), **ldm_vae(vae)}.items()}
+    found = single_file.unet_config(shapes, teacher)
+    assert {key: found[key] for key in config} == config
+    found = single_file.vae_config(shapes, teacher)
+    assert {key: found[key] for key in teacher.vae} == dict(teacher.vae)
+
+
+def test_full_size_text_encoder_is_read_off_the_keys() -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        clip = CLIPTextModel(CLIPTextConfig(**SD_V1_4.text_encoder))
+    prefix = "cond_stage_model.transformer.text_model."
+    shapes = {prefix + key.removeprefix("text_model."): tuple(t.shape) for key, t in clip.state_dict().items()}
+    assert single_file.text_config(shapes, SD_V1_4) == dict(SD_V1_4.text_encoder)
+
+
+def test_text_encoder_keys_without_text_model_are_taken_too(shaped: Checkpoint, tmp_path: Path) -> None:
+    parts = ldm_unet(shaped.unet, gaps=False), ldm_vae(shaped.vae), ldm_text(shaped, prefix="")
+    assert_same(checkpoint.load(str(write(tmp_path / "m.safetensors", *parts))).text_encoder, shaped.text_encoder)
+
+
+@pytest.fixture
+def parts(shaped: Checkpoint) -> dict[str, Tensors]:
+    return {"unet": ldm_unet(shaped.unet, gaps=False), "vae": ldm_vae(shaped.vae), "text": ldm_text(shaped)}
+
+
+@pytest.mark.parametrize(("part", "what"), [("vae", "VAE"), ("text", "text encoder"), ("unet", "diffusion_model")])
+def test_missing_part_is_named(parts: dict[str, Tensors], tmp_path: Path, part: str, what: str) -> None:
+    path = write(tmp_path / "m.safetensors", *(tensors for name, tensors in parts.items() if name != part))
+    with pytest.raises(CheckpointError, match=f"it has no .*{what}"):
+        checkpoint.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.time_embed.0.weight",
+        "model.diffusion_model.output_blocks.4.0.in_layers.0.weight",
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight",
+        "first_stage_model.decoder.mid.attn_1.q.weight",
+        "first_stage_model.quant_conv.bias",
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+    ],
+)
+def test_a_missing_tensor_is_named_never_left_random(parts: dict[str, Tensors], tmp_path: Path, key: str) -> None:
+    whole = {name: tensor for tensors in parts.values() for name, tensor in tensors.items()}
+    del whole[key]
+    with pytest.raises(CheckpointError, match=r"m\.safetensors.*(lacks|missing|converted)") as error:
+        checkpoint.load(str(write(tmp_path / "m.safetensors", whole)))
+    assert "\n" not in str(error.value)
+
+
+def test_nan_truncation_and_foreign_files_are_refused(parts: dict[str, Tensors], tmp_path: Path) -> None:
+    key = "model.diffusion_model.out.2.bias"
+    parts["unet"][key] = torch.full((4,), float("nan"))
+    path = write(tmp_path / "nan.safetensors", *parts.values())
+    with pytest.raises(CheckpointError, match=r"conv_out\.bias holds 4 NaN"):
+        checkpoint.load(str(path))
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        checkpoint.load(str(tmp_path / "cut.safetensors"))
+    (tmp_path / "model.onnx").write_bytes(b"onnx")
+    with pytest.raises(CheckpointError, match=r"model\.onnx is not a weights file: expected \.safetensors"):
+        checkpoint.load(str(tmp_path / "model.onnx"))
+    lora = write(tmp_path / "l.safetensors", {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(2, 2)})
+    with pytest.raises(CheckpointError, match="is a LoRA"):
+        checkpoint.load(str(lora))
+    sdxl = write(tmp_path / "x.safetensors", parts["unet"], {"conditioner.embedders.0.x": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="Stable Diffusion XL"):
+        checkpoint.load(str(sdxl))
+
+
+def test_a_part_of_a_diffusers_folder_is_not_a_single_file(mini_folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="one part of a diffusers checkpoint"):
+        checkpoint.load(str(mini_folder / "unet" / "diffusion_pytorch_model.safetensors"))
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin"])
+def test_pickled_single_files_are_refused_and_then_read_as_tensors(
+    parts: dict[str, Tensors], shaped: Checkpoint, tmp_path: Path, suffix: str
+) -> None:
+    whole = {name: tensor for tensors in parts.values() for name, tensor in tensors.items()}
+    path = tmp_path / f"m{suffix}"
+    torch.save({"state_dict": whole, "global_step": 470_000}, path)
+    with pytest.raises(CheckpointError, match=rf"m\{suffix} is a pickle.*--allow-pickle"):
+        checkpoint.load(str(path))
+    assert_same(checkpoint.load(str(path), allow_pickle=True).unet, shaped.unet)
+
+
+def test_licence_in_the_header_is_read(parts: dict[str, Tensors], tmp_path: Path) -> None:
+    header = {"modelspec.license": "CreativeML OpenRAIL-M", "modelspec.author": "Ada"}
+    loaded = checkpoint.load(str(write(tmp_path / "m.safetensors", *parts.values(), metadata=header)))
+    assert loaded.licence.name == "CreativeML OpenRAIL-M"
+    assert "Ada" in loaded.licence.notice
+    assert checkpoint.load(str(write(tmp_path / "n.safetensors", *parts.values()))).licence.name == "unknown"
+
+
+def test_a_single_file_becomes_a_folder(parts: dict[str, Tensors], shaped: Checkpoint, tmp_path: Path) -> None:
+    loaded = checkpoint.load(str(write(tmp_path / "m.safetensors", *parts.values())))
+    checkpoint.save(loaded, tmp_path / "folder")
+    assert_same(checkpoint.load(str(tmp_path / "folder")).unet, shaped.unet)
+    assert load_file(tmp_path / "folder" / "text_encoder" / "model.safetensors").keys() >= {
+        "text_model.final_layer_norm.bias"
+    }
+
+
+@pytest.mark.slow
+def test_full_size_sd14_file_is_recognised(tmp_path: Path) -> None:
+    text_encoder, unet, vae = random_weights.build(SD_V1_4, 0)
+    blank = checkpoint.load("random", variant="tiny")
+    whole = replace(blank, text_encoder=text_encoder, unet=unet, vae=vae)
+    path = write(tmp_path / "sd14.safetensors", ldm_unet(unet, gaps=False), ldm_vae(vae), ldm_text(whole))
+    loaded = checkpoint.load(str(path))
+    assert (loaded.variant, loaded.image_size) == ("sd-v1.4", 512)
+    assert_same(loaded.unet, unet)
