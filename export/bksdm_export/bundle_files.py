@@ -8,11 +8,10 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from bksdm_runtime import bundle as bundles
-from bksdm_runtime.bundle import Component, Manifest, ModelFacts
-
 from bksdm import vocabulary
 from bksdm.checkpoint import Checkpoint, Licence
+from bksdm_runtime import bundle as bundles
+from bksdm_runtime.bundle import Component, Manifest, ModelFacts
 
 LICENCE_FILE = "LICENSE"
 # Whose versions decide what the graphs look like.

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from bksdm_runtime.version import version
 
 from bksdm.variants import VARIANTS
 from bksdm_export.graphs import PRECISIONS
+from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-export"
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended

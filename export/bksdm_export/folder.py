@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bksdm_runtime.bundle import MANIFEST_NAME
-
 from bksdm_export.errors import ExportError
+from bksdm_runtime.bundle import MANIFEST_NAME
 
 
 def check_target(target: Path, *, force: bool) -> None:

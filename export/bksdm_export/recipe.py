@@ -10,18 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bksdm_runtime import bundle as bundles
-from bksdm_runtime.bundle import Bundle
-
 from bksdm import checkpoint as checkpoints
 from bksdm.checkpoint import Checkpoint
 from bksdm_export import bundle_files, graphs, report, to_onnx
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_target, whole_or_nothing
+from bksdm_export.precision import Island, find_islands, measure_ranges, store_fp16, to_half
 from bksdm_export.reference import make_reference, plan
 from bksdm_export.report import GraphFacts
 from bksdm_export.verify import TOLERANCES, Parity, verify_component, verify_pictures
 from bksdm_export.wrappers import wrap
+from bksdm_runtime import bundle as bundles
+from bksdm_runtime.bundle import Bundle
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +76,19 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
             progress(f"{name}: PyTorch to ONNX")
             started = time.perf_counter()
             module = modules.pop(name)
+            islands: tuple[Island, ...] = ()
+            if precision == "fp16":
+                islands = find_islands(measure_ranges(module, reference.cases[name]))
+                to_half(module, islands)
             program = to_onnx.to_exported_program(module, component)
             model = to_onnx.to_onnx(program, component)
+            if storage != precision:
+                store_fp16(model)
             to_onnx.save(model, folder / component.path)
             seconds = time.perf_counter() - started
-            exported[name] = GraphFacts(nodes=len(model.graph), bytes=to_onnx.weight_bytes(model), seconds=seconds)
+            exported[name] = GraphFacts(
+                nodes=len(model.graph), bytes=to_onnx.weight_bytes(model), seconds=seconds, islands=islands
+            )
             del module, program, model
             gc.collect()  # an exported program is a ring of references
 

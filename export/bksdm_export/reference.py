@@ -10,11 +10,11 @@ from typing import Any, cast
 import diffusers
 import numpy as np
 import torch
-from bksdm_runtime.bundle import ModelFacts
 from numpy.typing import NDArray
 
 from bksdm.checkpoint import Checkpoint
 from bksdm_export.wrappers import Wrapper, wrap
+from bksdm_runtime.bundle import ModelFacts
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bksdm_runtime.bundle import Manifest
-
+from bksdm_export.precision import Island
 from bksdm_export.verify import Parity
+from bksdm_runtime.bundle import Manifest
 
 PARITY_JSON = "parity.json"
 PARITY_HTML = "parity.html"
@@ -22,6 +22,7 @@ class GraphFacts:
     nodes: int
     bytes: int
     seconds: float
+    islands: tuple[Island, ...] = ()
 
 
 def write(folder: Path, parity: Parity, exported: Mapping[str, GraphFacts], manifest: Manifest) -> dict[str, object]:

@@ -17,12 +17,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from bksdm_runtime.bundle import Component
 from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
 from bksdm_export.graphs import OPSET, TIMESTEPS
 from bksdm_export.wrappers import WRAPPED, any_size
+from bksdm_runtime.bundle import Component
 
 # Any sizes do: the graph is checked at others. Different from one another, so that no two axes are taken for one.
 TRACED_SIZES = {"batch": 2, "height": 16, "width": 24, "image_height": 128, "image_width": 192, TIMESTEPS: 1}

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from bksdm_export.reference import Case, Picture, PictureRequest, Reference
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.engine import EngineError, open_engine
 from bksdm_runtime.pipeline import Images, Pipeline
 from bksdm_runtime.request import Request
-from numpy.typing import NDArray
-
-from bksdm_export.reference import Case, Picture, PictureRequest, Reference
 
 
 @dataclass(frozen=True)

@@ -46,28 +46,31 @@ class UNet(torch.nn.Module):
 
 
 class VaeDecoder(torch.nn.Module):
+    """AutoencoderKL.decode without its tiling and slicing."""
+
     output = "sample"
 
     def __init__(self, model: AutoencoderKL) -> None:
         super().__init__()
-        self.model = model
+        self.post_quant_conv = model.post_quant_conv or torch.nn.Identity()
+        self.decoder = model.decoder
 
     def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
-        # As AutoencoderKL.decode does, without its tiling and slicing.
-        hidden = latent_sample if self.model.post_quant_conv is None else self.model.post_quant_conv(latent_sample)
-        return self.model.decoder(hidden)  # [B, 3, 8h, 8w]
+        return self.decoder(self.post_quant_conv(latent_sample))  # [B, 3, 8h, 8w]
 
 
 class VaeEncoder(torch.nn.Module):
+    """AutoencoderKL.encode up to its distribution, which is the caller's to draw from."""
+
     output = "latent_parameters"
 
     def __init__(self, model: AutoencoderKL) -> None:
         super().__init__()
-        self.model = model
+        self.encoder = model.encoder
+        self.quant_conv = model.quant_conv or torch.nn.Identity()
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        hidden = self.model.encoder(sample)
-        return hidden if self.model.quant_conv is None else self.model.quant_conv(hidden)  # [B, 8, h, w]
+        return self.quant_conv(self.encoder(sample))  # [B, 8, h, w]
 
 
 Wrapper = TextEncoder | UNet | VaeDecoder | VaeEncoder
