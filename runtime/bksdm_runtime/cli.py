@@ -28,10 +28,10 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 
 
 @click.command(context_settings={"max_content_width": 110})
-@click.argument("prompt", required=False)
+@click.argument("words", metavar="[PROMPT]", nargs=-1)
 @click.option("--prompts-file", metavar="FILE", help="One prompt a line ('-' reads them from stdin).")
 @click.option(
-    "--from-png", type=click.Path(path_type=Path), metavar="PICTURE", help="Make a picture of this command again."
+    "--from-png", type=click.Path(path_type=Path), metavar="PICTURE", help="Make a picture again from what it carries."
 )
 @click.option(
     "--bundle",
@@ -47,25 +47,35 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     "[default: {prompt}-{seed}.png]",
 )
 @click.option("--negative-prompt", default="", metavar="TEXT", help="What the picture should not show.")
-@click.option("--steps", type=int, default=25, show_default=True)
-@click.option("--guidance-scale", type=float, default=7.5, show_default=True, help="1 is none, at half the work.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Picture number i uses seed + i.")
-@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures for each prompt.")
-@click.option("--height", type=int, help="Pixels.  [default: the model's own]")
-@click.option("--width", type=int, help="Pixels.  [default: the model's own]")
+@click.option("--steps", type=int, metavar="N", default=25, show_default=True)
+@click.option(
+    "--guidance-scale", type=float, metavar="X", default=7.5, show_default=True, help="1 is none, at half the work."
+)
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Picture number i uses seed + i.")
+@click.option(
+    "--count", type=click.IntRange(min=1), metavar="N", default=1, show_default=True, help="Pictures for each prompt."
+)
+@click.option("--height", type=int, metavar="N", help="Pixels.  [default: the model's own]")
+@click.option("--width", type=int, metavar="N", help="Pixels.  [default: the model's own]")
 @click.option("--scheduler", type=click.Choice(SAMPLERS), default="pndm", show_default=True)
-@click.option("--noise", type=click.Choice(NOISES), default="cpu", show_default=True, help="Whose torch generator.")
+@click.option(
+    "--noise", type=click.Choice(NOISES), default="cpu", show_default=True, help="Which of torch's generators."
+)
 @click.option("--init-image", type=click.Path(path_type=Path), metavar="PICTURE", help="Start from this picture.")
-@click.option("--strength", type=float, default=0.8, show_default=True, help="How much of --init-image is redone.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Pictures at once.  [default: what fits 2 GiB]")
+@click.option(
+    "--strength", type=float, metavar="X", default=0.8, show_default=True, help="How much of --init-image is redone."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), metavar="N", help="Pictures at once.  [default: what fits 2 GiB]"
+)
 @click.option("--backend", type=click.Choice(("auto", *BACKENDS)), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="[default: one for each physical core]")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="[default: one for each physical core]")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
 @click.pass_context
 def command(
     context: click.Context,
-    prompt: str | None,
+    words: tuple[str, ...],
     prompts_file: str | None,
     from_png: Path | None,
     bundle: Path | None,
@@ -97,9 +107,12 @@ def command(
     # Here and not above: --help must work whatever is installed.
     from bksdm_runtime.pictures import MISUSE, USER_ERRORS, Order, make, order_from_png
 
+    if len(words) > 1:
+        raise click.UsageError(f'quote a prompt of several words: "{" ".join(words)}"', context)
+    prompt = words[0] if words else None
     if (prompt is not None) + (prompts_file is not None) + (from_png is not None) != 1:
         raise click.UsageError("give one of PROMPT, --prompts-file and --from-png", context)
-    _log_to_stderr(verbose)
+    _log_to_stderr(verbose, context)
     try:
         if from_png is not None:
             _refuse_flags_beside_from_png(context)
@@ -182,10 +195,10 @@ def _refuse_flags_beside_from_png(context: click.Context) -> None:
             raise click.UsageError(f"--from-png takes that from the picture: leave out {parameter.opts[0]}", context)
 
 
-def _log_to_stderr(verbose: bool) -> None:
+def _log_to_stderr(verbose: bool, context: click.Context) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"{_PROGRAM}: %(message)s"))
     logger = logging.getLogger("bksdm_runtime")
-    logger.handlers = [handler]
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
-    logger.propagate = False
+    context.call_on_close(lambda: logger.removeHandler(handler))

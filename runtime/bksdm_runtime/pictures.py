@@ -181,4 +181,4 @@ def _title(first: int, last: int, count: int) -> str:
 
 def _bar(evaluations: int, title: str) -> tqdm[NoReturn]:
     # disable=None: no bar where stderr is not a terminal, so that logs stay readable
-    return tqdm(total=evaluations, desc=title, unit="step", disable=None, dynamic_ncols=True, file=sys.stderr)
+    return tqdm(total=evaluations, desc=title, disable=None, dynamic_ncols=True, file=sys.stderr)

@@ -160,7 +160,8 @@ class Pipeline:
         """Context of one prompt, [77, D]. What does not fit 77 tokens is dropped, and said so in the log."""
         tokens = self._tokenizer.encode(prompt)
         if tokens.dropped:
-            log.warning("the prompt is too long, this part of it is dropped: %s", tokens.dropped)
+            dropped = tokens.dropped if len(tokens.dropped) <= 500 else f"{tokens.dropped[:500]}..."
+            log.warning("the prompt is too long for the model, this end of it is dropped: %s", dropped)
         return _run(self._engines["text_encoder"], "last_hidden_state", input_ids=tokens.ids[None])[0]
 
     def decode(self, latents: Array) -> NDArray[np.uint8]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bksdm_runtime import bundle as bundles
-from bksdm_runtime.bundle import Bundle, BundleError, Manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from bksdm_runtime import bundle as bundles
+from bksdm_runtime.bundle import Bundle, BundleError, Manifest
 
 Content = dict[str, Any]
 Rewrite = Callable[[Path, Callable[[Content], object]], None]

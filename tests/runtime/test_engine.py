@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.backends import ort
 from bksdm_runtime.bundle import Bundle, BundleError

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from bksdm_runtime.naming import NamingError, slug, targets
 from bksdm_runtime.request import Request
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+
 from bksdm_runtime.request import Request, RequestError, check_size
 
 
