@@ -168,7 +168,7 @@ def test_there_and_back(shaped: Checkpoint, tmp_path: Path, removal: Removal | N
         arguments = torch.ones(1, 4, 8, 8), torch.tensor([7.0]), torch.ones(1, 77, 64)
         difference = (loaded.unet(*arguments).sample - unet(*arguments).sample).abs().max().item()
     # The tensors are equal; a mapped file is aligned otherwise, and other kernels sum in another order.
-    assert difference < 1e-5  # measured: 1.1e-6
+    assert difference < 3e-5  # measured: 5.1e-6 at values of about 0.5
 
 
 def test_sd2_file_with_open_clip_text_encoder(build_mini: Callable[..., Checkpoint], tmp_path: Path) -> None:
