@@ -1,8 +1,10 @@
 # ruff: noqa: RUF001 - look-alike characters are what is tested
 """The runtime's tokenizer against transformers' own, on some 6,000 strings of every kind."""
 
+import importlib.util
 import json
 import random
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -20,9 +22,9 @@ from bksdm_runtime.tokenizer import Tokenizer, TokenizerError
 
 CLIP_FOLDER = Path(__file__).parents[2] / "bksdm" / "clip_tokenizer"
 VOCABULARY = ("vocab.json", "merges.txt")
-# transformers 5 has only the other implementation, which differs in the classes that the module's docstring lists
-REFERENCE_IS_THERE = transformers.__version__.startswith("4.")
-needs_reference = pytest.mark.skipif(not REFERENCE_IS_THERE, reason="CLIPTokenizer is the reference in transformers 4")
+# transformers 5 has only the other implementation, and ftfy changes the one of transformers 4
+REFERENCE_IS_THERE = transformers.__version__.startswith("4.") and importlib.util.find_spec("ftfy") is None
+needs_reference = pytest.mark.skipif(not REFERENCE_IS_THERE, reason="needs transformers 4 and no ftfy")
 
 PROMPTS = [
     "a photo of an astronaut riding a horse on mars",
@@ -150,7 +152,15 @@ def in_a_class_of_difference(text: str) -> bool:
     """Whether the module's docstring says that CLIPTokenizerFast and transformers 5 may encode this otherwise."""
     controls = any((unicodedata.category(c)[0] == "C" and c not in "\t\n\r") or c == "\ufffd" for c in text)
     ideographs = any("CJK" in unicodedata.name(c, "") and "IDEOGRAPH" in unicodedata.name(c, "") for c in text)
-    return controls or ideographs or "Σ" in text or "ſ" in text or "\u0345" in unicodedata.normalize("NFD", text)
+    capital_mark = any(not mark.islower() for mark in re.findall(r"(?i)<\|(?:start|end)oftext\|>", text))
+    return (
+        controls
+        or ideographs
+        or capital_mark
+        or "Σ" in text
+        or "ſ" in text
+        or "\u0345" in unicodedata.normalize("NFD", text)
+    )
 
 
 def test_ids_equal_the_fast_tokenizer_outside_the_classes_of_difference(ours: Tokenizer) -> None:
