@@ -37,17 +37,18 @@ def plan(
     for position, request in enumerate(requests):
         strength = request.strength if request.init_image is not None else None
         guided = request.guidance_scale > 1
-        key = (request.height, request.width, request.sampler, request.steps, guided, strength)
+        key = (request.size, request.sampler, request.steps, guided, strength)
         groups.setdefault(key, []).append(position)
     batches: list[Batch] = []
     for positions in groups.values():
         first = requests[positions[0]]
-        height, width = first.height or 0, first.width or 0
+        height, width = first.size
         strength = first.strength if first.init_image is not None else None
         schedule = make_schedule(config, steps=first.steps, sampler=first.sampler, strength=strength)
-        size = largest or batch_limit(height, width, vae_scale_factor, first.guidance_scale > 1, budget)
-        for start in range(0, len(positions), size):
-            chosen = tuple(positions[start : start + size])
+        fits = batch_limit(height, width, vae_scale_factor, first.guidance_scale > 1, budget)
+        share = fits if largest is None else largest
+        for start in range(0, len(positions), share):
+            chosen = tuple(positions[start : start + share])
             batches.append(Batch(chosen, tuple(requests[i] for i in chosen), schedule, height, width))
     return batches
 

@@ -53,7 +53,12 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 )
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Picture number i uses seed + i.")
 @click.option(
-    "--count", type=click.IntRange(min=1), metavar="N", default=1, show_default=True, help="Pictures for each prompt."
+    "--count",
+    type=click.IntRange(1, 100_000),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Pictures for each prompt.",
 )
 @click.option("--height", type=int, metavar="N", help="Pixels.  [default: the model's own]")
 @click.option("--width", type=int, metavar="N", help="Pixels.  [default: the model's own]")
@@ -155,7 +160,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """The command as a function, from arguments (None: the process's own) to its exit code."""
     try:
         code: object = command.main(args=arguments, prog_name=_PROGRAM, standalone_mode=False)
-        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()
@@ -163,8 +167,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:
         click.echo(f"{_PROGRAM}: interrupted", err=True)
         return _INTERRUPTED
-    except BrokenPipeError:  # the reader of our stdout is gone, and has all that it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # pictures have their own errors: this is stdout
+        if not isinstance(error, BrokenPipeError):  # a reader that is gone has all that it wanted
+            click.echo(f"{_PROGRAM}: stdout cannot be written: {error.strerror}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's last flush must not complain again
         return 1
 
 

@@ -36,7 +36,8 @@ class Step:
     """One U-Net evaluation of a batch is done.
 
     index, total: which evaluation, from 0, of how many; timestep: what the U-Net was told.
-    latents: [B, C, h, w] after it, the caller's own. positions: which of the requests the batch holds.
+    latents: [B, C, h, w] after it, a new array each time; the loop goes on from it, so copy before writing to it.
+    positions: which of the requests the batch holds.
     preview: decodes these latents to [B, H, W, 3] uint8 when called, at the cost of a VAE decode each.
     """
 
@@ -168,7 +169,12 @@ class Pipeline:
         """Latents [B, C, h, w] -> pictures [B, H, W, 3] uint8, one at a time: a batch would only cost memory."""
         unscaled = latents / np.float32(self.bundle.manifest.model.scaling_factor)
         decoder = self._engines["vae_decoder"]
-        return np.concatenate([to_uint8(_run(decoder, "sample", latent_sample=one[None])) for one in unscaled])
+        decoded = np.concatenate([_run(decoder, "sample", latent_sample=one[None]) for one in unscaled])
+        if not np.isfinite(decoded).all():
+            raise EngineError(
+                "vae_decoder gave NaN or infinity: the picture is lost (an fp16 graph may have overflowed)"
+            )
+        return to_uint8(decoded)
 
     def encode_image(self, image: Image.Image, height: int, width: int, generator: NoiseGenerator) -> Array:
         """A picture, resized -> latents [C, h, w] drawn from the VAE's posterior, as diffusers' image-to-image does."""

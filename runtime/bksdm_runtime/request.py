@@ -45,6 +45,13 @@ class Request:
     strength: float = 0.8
     noise: str = "cpu"
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels. Raises RequestError while they are left to the bundle."""
+        if self.height is None or self.width is None:
+            raise RequestError("the size is not chosen yet: give height and width")
+        return self.height, self.width
+
     def __post_init__(self) -> None:
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             _check_text(name, text)

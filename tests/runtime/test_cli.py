@@ -239,7 +239,7 @@ def test_from_png_takes_its_settings_from_the_picture_alone(bksdm_run: Run, flag
         (("a", "--seed", "x"), 2, "'x' is not a valid integer"),
         (("a", "--seed", 2**64), 2, "seeds go from -9223372036854775808 to 18446744073709551615"),
         (("a", "--seed", 2**64 - 1, "--count", 2), 2, "seeds go from"),
-        (("a", "--count", 0), 2, "0 is not in the range x>=1"),
+        (("a", "--count", 0), 2, "0 is not in the range 1<=x<=100000"),
         (("a", "--threads", 0), 2, "0 is not in the range x>=1"),
         (("a", "--steps", 0), 2, "bksdm-run: steps must be a whole number from 1 to 1000, found 0"),
         (("a", "--guidance-scale", "nan"), 2, "bksdm-run: guidance_scale must be a number from 1 to 1000"),
@@ -358,6 +358,15 @@ def test_a_closed_pipe_is_quiet(toy_bundle: Path) -> None:
         assert process.stderr.read() == ""
         assert process.wait(timeout=60) == 1
     assert len(pictures()) < 200
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_stdout_is_one_sentence(toy_bundle: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = spawn("a", "--bundle", toy_bundle, "--steps", 1, "--threads", 1, stdout=full)
+        _, err = process.communicate()
+    assert (process.returncode, err) == (1, "bksdm-run: stdout cannot be written: No space left on device\n")
+    assert pictures() == ["a-0.png"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

@@ -10,6 +10,12 @@ import pytest
 from bksdm_runtime.request import Request, RequestError, check_size
 
 
+def test_the_size_is_known_once_it_is_chosen() -> None:
+    assert Request("a", height=64, width=128).size == (64, 128)
+    with pytest.raises(RequestError, match="the size is not chosen yet"):
+        _ = Request("a", height=64).size
+
+
 def test_the_defaults_are_the_papers_protocol() -> None:
     request = Request("a cat")
     assert (request.steps, request.guidance_scale, request.sampler, request.seed) == (25, 7.5, "pndm", 0)
