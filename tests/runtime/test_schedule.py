@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bksdm_runtime.schedule import SAMPLERS, Schedule, ScheduleError, make_schedule
-from bksdm_runtime.scheduler_settings import read_settings
 from diffusers import (
     DDIMScheduler,
     DEISMultistepScheduler,
@@ -24,6 +22,9 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+
+from bksdm_runtime.schedule import SAMPLERS, Schedule, ScheduleError, make_schedule
+from bksdm_runtime.scheduler_settings import read_settings
 
 CLASSES: dict[str, Any] = {
     "pndm": PNDMScheduler,
