@@ -62,10 +62,10 @@ class TeacherConfig:
     min_snr_gamma: float = 5.0  # arXiv 2303.09556
     vae: LoopConfig = field(
         default_factory=lambda: LoopConfig(
-            steps=4500, batch_size=8, learning_rate=1e-3, warmup=50, ema_decay=0.995, bf16=True
+            steps=5500, batch_size=8, learning_rate=1e-3, warmup=50, ema_decay=0.995, bf16=True
         )
     )
-    unet: LoopConfig = field(default_factory=lambda: LoopConfig(steps=4000, batch_size=32, learning_rate=8e-4))
+    unet: LoopConfig = field(default_factory=lambda: LoopConfig(steps=3600, batch_size=32, learning_rate=8e-4))
 
     def __post_init__(self) -> None:
         if self.size % 64:

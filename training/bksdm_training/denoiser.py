@@ -25,6 +25,7 @@ SCHEDULER_CONFIG: dict[str, object] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
+    "clip_sample": False,  # PNDM does not read it, DDIM made from this configuration does
     "prediction_type": "epsilon",
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
