@@ -13,10 +13,11 @@ from pathlib import Path
 from bksdm import checkpoint as checkpoints
 from bksdm.checkpoint import Checkpoint
 from bksdm_export import bundle_files, graphs, report, to_onnx
+from bksdm_export.divergence import first_divergence
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_target, whole_or_nothing
 from bksdm_export.precision import Island, find_islands, measure_ranges, store_fp16, to_half
-from bksdm_export.reference import make_reference, plan
+from bksdm_export.reference import Reference, make_reference, plan
 from bksdm_export.report import GraphFacts
 from bksdm_export.verify import TOLERANCES, Parity, verify_component, verify_pictures
 from bksdm_export.wrappers import wrap
@@ -103,7 +104,11 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
         progress(f"drawing {len(pictures)} pictures with the exported graphs")
         parity = Parity(TOLERANCES[precision, storage], compared, verify_pictures(bundle, reference))
         if failures := parity.failures():
-            raise ExportError("; ".join(failures))
+            progress("over tolerance: looking for the node where the error appears")
+            why = "; ".join([*failures, *_where(request, bundle, reference, parity)])
+            page = request.output.with_name(request.output.name + ".failed.html")
+            report.write_failure(page, parity, exported, unproven, why)
+            raise ExportError(f"the graphs are not PyTorch's: {why} (pictures and figures: {page})")
 
         progress("writing the bundle")
         figures = report.write(folder, parity, exported, unproven)
@@ -122,6 +127,24 @@ def load(request: ExportRequest) -> Checkpoint:
         allow_pickle=request.allow_pickle,
         seed=request.seed,
     )
+
+
+def _where(request: ExportRequest, bundle: Bundle, reference: Reference, parity: Parity) -> list[str]:
+    """The first node of the first wrong component where the error appears; nothing if only pictures are wrong."""
+    for name, compared in parity.components.items():
+        accepted = parity.tolerance.components[name]
+        # Smallest first; without the batch of many timesteps, which the traced program does not take.
+        wrong = [
+            case
+            for case, one in zip(reference.cases[name], compared, strict=True)
+            if not one.error <= accepted and len(case.inputs.get("timestep", [0])) == 1
+        ]
+        if wrong:
+            component = graphs.components(bundle.manifest.model, "fp32")[name]
+            path = bundle.component_path(name)
+            found = first_divergence(path, wrap(load(request), name), component, wrong[0], accepted)
+            return [f"in {name} {found}" if found else f"no single node of {name} is over its tolerance"]
+    return []
 
 
 def _dtypes(request: ExportRequest) -> tuple[str, str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bksdm_export.page import Figures, page
 from bksdm_export.precision import Island
 from bksdm_export.verify import Parity
 from bksdm_runtime.bundle import Manifest
@@ -28,34 +30,56 @@ class GraphFacts:
 def write(folder: Path, parity: Parity, exported: Mapping[str, GraphFacts], manifest: Manifest) -> dict[str, object]:
     """Write parity.json and parity.html, and return the figures that go into bundle.json."""
     figures = summary(parity, exported)
-    (folder / PARITY_JSON).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return figures
+    (folder / PARITY_JSON).write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / PARITY_HTML).write_text(page(figures, parity.pictures, manifest), encoding="utf-8")
+    return brief(figures)
 
 
-def summary(parity: Parity, exported: Mapping[str, GraphFacts]) -> dict[str, object]:
-    """Every figure by component and picture. Errors that are infinite are written as null."""
+def write_failure(path: Path, parity: Parity, exported: Mapping[str, GraphFacts], manifest: Manifest, why: str) -> None:
+    """Write the page of an export that failed, on its own."""
+    path.write_text(page(summary(parity, exported), parity.pictures, manifest, why), encoding="utf-8")
+
+
+def summary(parity: Parity, exported: Mapping[str, GraphFacts]) -> Figures:
+    """Every figure, by component and by picture. An error that is infinite (nothing to compare) is None."""
     components = {
         name: {
             **asdict(exported[name]),
-            "error": parity.worst(name).error,
+            "error": _finite(parity.worst(name).error),
             "tolerance": parity.tolerance.components[name],
-            "cases": [asdict(comparison) for comparison in comparisons],
+            "cases": [{**asdict(one), "error": _finite(one.error)} for one in comparisons],
         }
         for name, comparisons in parity.components.items()
     }
     pictures = [
         {
-            **asdict(picture.picture.request),
-            "mean_difference": picture.mean,
-            "largest_difference": picture.largest,
+            **asdict(one.picture.request),
+            "mean_difference": _finite(one.mean),
+            "largest_difference": _finite(one.largest),
+            "note": one.note,
         }
-        for picture in parity.pictures
+        for one in parity.pictures
     ]
+    return {"components": components, "pictures": pictures, "picture_tolerance": parity.tolerance.picture}
+
+
+def brief(figures: Figures) -> Figures:
+    """What bundle.json carries: the figures without single cases and requests."""
     return {
-        "components": components,
-        "pictures": pictures,
-        "picture_tolerance": parity.tolerance.picture,
+        "components": {
+            name: {key: graph[key] for key in ("error", "tolerance", "islands")}
+            for name, graph in figures["components"].items()
+        },
+        "pictures": {
+            "count": len(figures["pictures"]),
+            "mean_difference": max(one["mean_difference"] for one in figures["pictures"]),
+            "tolerance": figures["picture_tolerance"],
+        },
     }
+
+
+def _finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None
 
 
 def table(folder: Path) -> str:

@@ -65,12 +65,12 @@ def to_exported_program(module: torch.nn.Module, component: Component) -> torch.
 
 
 def to_onnx(program: torch.export.ExportedProgram, component: Component) -> ir.Model:
-    """Translate a traced program, clean it up, and give it exactly the component's tensors.
+    """The graph of a traced program, with exactly the component's tensors; see `translate` and `clean`."""
+    return clean(translate(program, component).model, component)
 
-    Equal programs give equal graphs, with nothing in them of the machine that built them. Node names are module
-    paths ("down_blocks.0.resnets.0.conv1/Conv"), value names are those of the program's fx graph, initializer names are
-    the checkpoint's keys.
-    """
+
+def translate(program: torch.export.ExportedProgram, component: Component) -> torch.onnx.ONNXProgram:
+    """torch's own translation and onnxscript's optimizer."""
     with _quiet():
         onnx_program = torch.onnx.export(
             program,
@@ -80,12 +80,21 @@ def to_onnx(program: torch.export.ExportedProgram, component: Component) -> ir.M
             input_names=[spec.name for spec in component.inputs],
             output_names=[spec.name for spec in component.outputs],
             custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
-            optimize=True,  # onnxscript's optimizer: constant folding, rewrites, unused nodes, equal initializers
+            optimize=True,  # constant folding, rewrites, unused nodes, equal initializers and subexpressions
             verbose=False,
         )
     if onnx_program is None:
         raise RuntimeError("torch.onnx.export returned no program")
-    model = onnx_program.model
+    return onnx_program
+
+
+def clean(model: ir.Model, component: Component) -> ir.Model:
+    """Tidy a translated model in place, and check it.
+
+    Equal programs give equal bytes, with nothing in them of the machine that built them. Node names become module
+    paths ("down_blocks.0.resnets.0.conv1/Conv"), initializer names the checkpoint's keys; values keep the names of
+    the program's fx nodes.
+    """
     _name_after_modules(model)
     _strip(model)
     _open_axes(model, component)
