@@ -75,7 +75,9 @@ def load(
         raise CheckpointError(f"a revision names a commit on the Hub, and {weights} is not from there")
     overlay = None
     if unet is not None:
-        overlay = diffusers_folder.load_unet(_existing(Path(unet)), allow_pickle=allow_pickle)
+        if not Path(unet).exists():
+            raise CheckpointError(f"there is no {unet}: --unet names a folder with a trained U-Net")
+        overlay = diffusers_folder.load_unet(Path(unet), allow_pickle=allow_pickle)
     if weights == "random":
         parts, source, terms, claimed = _random(row, seed)
     elif weights is None:

@@ -57,7 +57,7 @@ def _values(module: nn.Module, parameter_name: str, shape: tuple[int, ...], seed
     else:
         weight: torch.Tensor = module.weight  # pyright: ignore[reportAssignmentType]
         bound = 1.0 / math.sqrt(math.prod(weight.shape[1:]))
-    # SFC64 fills float32 about five times as fast as torch's mt19937: 2 s instead of 11 s for SD v1.4's U-Net.
+    # numpy's fastest generator: SD v1.4's 1.07 G weights take 1.9 s of computing, less than the kernel's page faults.
     generator = np.random.Generator(np.random.SFC64([seed % 2**63, zlib.crc32(key.encode())]))
     values = generator.random(shape, dtype=np.float32)
     values -= np.float32(0.5)

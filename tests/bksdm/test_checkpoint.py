@@ -21,7 +21,8 @@ from transformers import CLIPTokenizer, CLIPTokenizerFast
 from bksdm import checkpoint, vocabulary
 from bksdm.block_removal import compress
 from bksdm.checkpoint import Checkpoint, CheckpointError, Licence
-from bksdm.variants import BASE, SMALL, TINY, Removal, VariantError
+from bksdm.unet import build_unet, unet_config
+from bksdm.variants import BASE, SMALL, TINY, VARIANTS, Removal, VariantError
 
 SameTensors = Callable[[Checkpoint, Checkpoint], None]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -206,7 +207,11 @@ def one_sentence(error: pytest.ExceptionInfo[CheckpointError]) -> None:
         (lambda at: edit(at / "unet/config.json", block_out_channels="wide"), r"does not describe a UNet2DCondition"),
         (lambda at: edit(at / "unet/config.json", sample_size=None), r"sample_size is None"),
         (lambda at: edit(at / "text_encoder/config.json", hidden_size=64), r"text_encoder does not hold"),
-        (lambda at: (at / "tokenizer" / "vocab.json").write_text("no"), r"not a readable CLIP tokenizer"),
+        # transformers 5 reads the second of the two alone
+        (
+            lambda at: [(at / "tokenizer" / name).write_text("no") for name in ("vocab.json", "tokenizer.json")],
+            r"not a readable CLIP tokenizer",
+        ),
     ],
 )
 def test_a_spoilt_folder_is_refused(copy: Path, spoil: Callable[[Path], object], message: str) -> None:
@@ -275,6 +280,16 @@ def test_a_claimed_variant_is_checked(mini_folder: Path) -> None:
         checkpoint.load(str(mini_folder), variant="small")
     with pytest.raises(VariantError, match="no variant 'smal'"):
         checkpoint.load(str(mini_folder), variant="smal")
+
+
+def test_variant_is_read_off_the_unet_and_a_record_decides_between_twins() -> None:
+    for name, row in VARIANTS.items():
+        with torch.device("meta"):
+            unet = build_unet(unet_config(row.architecture.unet, row.removal))
+        assert checkpoint.variant_of(unet) == name.removesuffix("-2m")
+        assert checkpoint.variant_of(unet, claimed=name) == name
+        assert checkpoint.variant_of(unet, claimed="no such row") == name.removesuffix("-2m")
+    assert checkpoint.variant_of(unet, claimed="tiny-2m") == "v2-tiny"  # a record that does not fit is not believed
 
 
 def test_a_revision_belongs_to_the_hub(mini_folder: Path) -> None:
@@ -384,6 +399,8 @@ def test_a_unet_alone_is_not_a_checkpoint(mini_folder: Path) -> None:
         checkpoint.load(str(mini_folder / "unet"))
     with pytest.raises(CheckpointError, match="holds no U-Net"):
         checkpoint.load(str(mini_folder), unet=str(mini_folder / "scheduler"))
+    with pytest.raises(CheckpointError, match="there is no lost: --unet names a folder"):
+        checkpoint.load(str(mini_folder), unet="lost")
 
 
 def test_licence_of_a_trained_unet_joins_the_bases(mini_folder: Path, copy: Path) -> None:
@@ -473,6 +490,23 @@ def test_a_failed_save_keeps_the_old_checkpoint(
     monkeypatch.undo()
     assert_same_tensors(checkpoint.load(str(copy)), mini_checkpoint)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+
+def test_a_failed_rename_puts_the_old_checkpoint_back(
+    copy: Path, mini_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(CheckpointError, match=r"cannot write .*: Input/output error"):
+        checkpoint.save(mini_checkpoint, copy)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+    assert checkpoint.load(str(copy)).image_size == 64
 
 
 KILLED = """
