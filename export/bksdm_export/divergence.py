@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from bksdm_export import to_onnx
-from bksdm_export.precision import FP16_MAX
+from bksdm_export.precision import MASK
 from bksdm_export.reference import Case
 from bksdm_export.verify import compare
 from bksdm_runtime.bundle import Component
@@ -95,11 +95,18 @@ def _first(
 ) -> Divergence | None:
     for value, array in found:
         if key(value) in expected:
-            # The minus infinity of an attention mask is as large as its dtype allows.
-            compared = compare("", array, expected[key(value)].clip(-FP16_MAX, FP16_MAX))
+            compared = compare("", *_unmasked(array, expected[key(value)]))
             if not compared.error <= tolerance:
                 return Divergence(_node(value), compared.error, compared.note)
     return None
+
+
+def _unmasked(found: NDArray[Any], expected: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both without an attention mask's minus infinity, which is as large as its dtype allows."""
+    if found.shape != expected.shape:
+        return found, expected
+    masked = expected <= -MASK
+    return np.where(masked, np.float32(0), found), np.where(masked, np.float32(0), expected)
 
 
 def _node(value: ir.Value) -> str:

@@ -33,10 +33,11 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } th { font-weight: 600; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); }
-.pictures { display: grid; grid-template-columns: repeat(3, 1fr); gap: .8rem; margin: .8rem 0 .2rem; }
+.pictures { display: grid; grid-template-columns: repeat(3, 1fr); gap: .8rem; margin: .4rem 0; }
+.prompt { margin-top: 1.4rem; }
 figure { margin: 0; }
-figure img, .none { width: 100%; display: block; border: 1px solid var(--line); border-radius: 4px; box-sizing: border-box;
-  image-rendering: pixelated; }
+figure img, .none { width: 100%; display: block; box-sizing: border-box;
+  border: 1px solid var(--line); border-radius: 4px; image-rendering: pixelated; }
 .none { padding: 3rem .5rem; text-align: center; }
 figcaption { font-size: .85rem; margin-top: .25rem; }
 """
@@ -126,14 +127,14 @@ def _picture(compared: PictureComparison) -> str:
     guidance = f"guidance {request.guidance_scale:g}" + (
         f", not {request.negative_prompt}" * bool(request.negative_prompt)
     )
-    return f"""<div class="pictures">
+    return f"""<p class="prompt">{escape(request.prompt)} <span class="soft">seed {request.seed},
+{request.width}&times;{request.height}, {request.steps} steps, {escape(guidance)}</span></p>
+<div class="pictures">
 <figure>{_image(expected, "PyTorch")}<figcaption>PyTorch</figcaption></figure>
 <figure>{ours}<figcaption>ours</figcaption></figure>
 <figure>{difference}<figcaption>difference &times;{_AMPLIFIED}: mean {compared.mean:.3f}, largest
 {compared.largest:.0f} of 255</figcaption></figure>
 </div>
-<p>{escape(request.prompt)} <span class="soft">seed {request.seed}, {request.width}&times;{request.height},
-{request.steps} steps, {escape(guidance)}</span></p>
 """
 
 

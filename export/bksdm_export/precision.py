@@ -27,7 +27,7 @@ FP16_MAX = 65504.0
 # The measured inputs are a sample of those to come: half of the range is left to them.
 LIMIT = FP16_MAX / 2
 # What stands for minus infinity in an attention mask is no value that arithmetic reaches.
-_MASK = 3e38
+MASK = 3e38
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _peak(value: object) -> float:
     low, high = (float(edge) for edge in torch.aminmax(value))
     if math.isnan(low) or math.isnan(high):
         return math.inf
-    return max((abs(edge) for edge in (low, high) if abs(edge) < _MASK), default=0.0)
+    return max((abs(edge) for edge in (low, high) if abs(edge) < MASK), default=0.0)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
