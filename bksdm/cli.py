@@ -140,10 +140,11 @@ def report(teacher: Checkpoint, student: Checkpoint, blocks: Iterable[Block], ou
     unet = _unet_params(teacher), _unet_params(student)
     latent = int(teacher.unet.config["sample_size"])
     macs = count_macs(teacher.unet.config, latent=latent), count_macs(student.unet.config, latent=latent)
+    prefix, unit = ("G", 1e9) if macs[1] > 1e9 else ("M", 1e6)
     rows += [
         ("", "", "", "", "", ""),
         ("U-Net parameters", "", "", *_figures(*unet)),
-        (f"U-Net GMACs at {student.image_size} px", "", "", *_figures(*macs, unit=1e9)),
+        (f"U-Net {prefix}MACs at {student.image_size} px", "", "", *_figures(*macs, unit=unit)),
         ("all parameters, with text encoder and VAE", "", "", *_figures(*total)),
     ]
     return [
@@ -152,7 +153,7 @@ def report(teacher: Checkpoint, student: Checkpoint, blocks: Iterable[Block], ou
         "",
         *_aligned(rows),
         "",
-        "R residual, A attention, D and U down- and upsampler, - removed. GMACs: convolutions and linear layers.",
+        "R residual, A attention, D and U down- and upsampler, - removed. MACs: of convolutions and linear layers.",
     ]
 
 

@@ -230,7 +230,12 @@ def _why(
             expected = _shapes(model.state_dict())
     except Exception as wrong:  # any nonsense in a config.json ends in some exception of the model's constructor
         return f"{folder / 'config.json'} does not describe a {kind.__name__} ({wrong})"
-    if choice.pickled or len(choice.files) != 1:
+    if choice.pickled:
+        return (
+            f"{folder / choice.files[0]} cannot be read as plain tensors that fit its config.json: it is damaged, "
+            "of another model, or holds objects that only an unsafe load makes"
+        )
+    if len(choice.files) != 1:
         return f"{folder} cannot be loaded ({first_line})"
     (file,) = choice.files
     difference = first_difference(expected, weights_file.shapes(folder / file)) or first_line
