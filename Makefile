@@ -1,8 +1,8 @@
 # make run PROMPT="a red apple"    a picture from the demo model, torch-free
 # make test                        the development environment and every quick test
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-PROMPT ?= a red apple
-OUTPUT ?= out/picture.png
+export PROMPT ?= a red apple
+export OUTPUT ?= out/picture.png
 RUN := .venv-run
 DEV := .venv
 NEWEST := .venv-newest
@@ -11,8 +11,8 @@ BIN := $(DEV)/bin
 .PHONY: run test check format lint types contracts slow wheel-check newest-check demo clean
 
 run: $(RUN)/.ready
-	@mkdir -p $(dir $(OUTPUT))
-	@$(RUN)/bin/bksdm-run "$(PROMPT)" -o "$(OUTPUT)"
+	@mkdir -p "$$(dirname "$$OUTPUT")"
+	@$(RUN)/bin/bksdm-run -o "$$OUTPUT" -- "$$PROMPT"
 
 test: $(DEV)/.ready
 	$(BIN)/python -m pytest -m "not slow and not gpu"
@@ -41,20 +41,20 @@ newest-check: $(NEWEST)/.ready   # the newest diffusers and transformers, which 
 	$(NEWEST)/bin/python -m pytest -m "not slow and not gpu"
 
 # The runtime's environment: numpy, pillow, tokenizers, onnxruntime; no torch.
-$(RUN)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(RUN)
-	$(RUN)/bin/python -m pip install --quiet -e ".[cpu]"
+$(RUN)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(RUN)
+	$(RUN)/bin/python -m pip install --quiet -c constraints.txt -e ".[cpu]"
 	@touch $@
 
 # torch first and by its version, so that no other package picks a build for you.
 $(DEV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(DEV)
+	$(PYTHON) -m venv --clear $(DEV)
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
 $(NEWEST)/.ready: pyproject.toml constraints-newest.txt
-	$(PYTHON) -m venv $(NEWEST)
+	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet $$(grep '^torch==' constraints-newest.txt)
 	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[export,training,evaluation]" pytest hypothesis
 	@touch $@

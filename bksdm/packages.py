@@ -119,7 +119,9 @@ def _run_client(package: Package, folder: Path) -> None:
             raise PackageError(f"{package.name} comes from npm, which is not installed: install Node.js with npm")
         command = [client, "pack", "--silent", spec]
     else:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", spec]
+        # With the hash in pip's own hands: it checks before it runs anything of a source archive.
+        (folder / "wanted.txt").write_text(f"{spec} --hash=sha256:{package.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", "-r", "wanted.txt"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -50,15 +50,16 @@ def retrieval(
     from bksdm_evaluation.generate import generate
     from bksdm_evaluation.retrieval import DatasetError, rank, read_dataset
     from bksdm_runtime import bundle as bundles
-    from bksdm_runtime.bundle import BundleError
-    from bksdm_runtime.engine import EngineError
+    from bksdm_runtime.engine import MissingBackend
+    from bksdm_runtime.pictures import USER_ERRORS, find_bundle
     from bksdm_runtime.pipeline import Pipeline
-    from bksdm_runtime.request import RequestError
 
+    if output is not None and not output.parent.is_dir():
+        raise click.BadParameter(f"{output.parent} is not a folder", param_hint="--output")
     try:
-        opened = bundles.load(bundle or bundles.demo())
-        network = load_network()
+        opened = bundles.load(find_bundle(bundle)[0])
         dataset = read_dataset(folder, opened.manifest.model.height)
+        network = load_network()
         chosen = dataset.chosen(count)
         pipeline = Pipeline.open(opened, threads=threads)
         captions = [dataset.captions[i] for i in chosen]
@@ -72,7 +73,9 @@ def retrieval(
                 batch_size=batch_size,
                 on_step=lambda advanced: bar.update(advanced / (steps + 1)),
             )
-    except (BundleError, EngineError, RequestError, DatasetError, PackageError) as error:
+    except MissingBackend as error:
+        raise click.UsageError(str(error)) from error
+    except (*USER_ERRORS, DatasetError, PackageError) as error:
         raise click.ClickException(str(error)) from error
     result = rank(features(network, pictures), features(network, dataset.pictures), chosen)
     figures = {
@@ -85,12 +88,12 @@ def retrieval(
         "seed": seed,
         "bundle": opened.sha256,
     }
-    if output is not None:
-        output.write_text(json.dumps(figures, indent=2) + "\n")
     click.echo(
         f"top-1 {figures['top1']:.1%}, top-5 {figures['top5']:.1%} "
         f"of {len(chosen)} captions among {len(dataset.pictures)} pictures"
     )
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def main() -> None:

@@ -50,15 +50,22 @@ def read_dataset(folder: Path, size: int) -> Dataset:
         for row in rows:
             with Image.open(folder / row["file_name"]) as picture:
                 pictures.append(picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+        if not rows:
+            raise ValueError("it is empty")
         return Dataset(tuple(row["text"] for row in rows), tuple(pictures))
-    except (OSError, ValueError, KeyError) as error:
-        raise DatasetError(f"{listing} cannot be read ({error}): make one with bksdm-train data -o DIR") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = "it is not there" if isinstance(error, FileNotFoundError) else error
+        raise DatasetError(f"{listing} cannot be read ({reason}): make one with bksdm-train data -o DIR") from error
 
 
 def rank(generated: NDArray[np.float32], dataset: NDArray[np.float32], own: Sequence[int]) -> Retrieval:
     """Rank every dataset picture by cosine similarity to each generated one.
 
-    generated: [G, D], dataset: [N, D], both of unit length; own[g]: the dataset row that g was generated for."""
+    generated: [G, D], dataset: [N, D], both of unit length; own[g]: the dataset row that g was generated for.
+    A picture as near as its own counts against it, so that constant features score nothing. Raises ValueError on
+    features that are not finite."""
+    if not (np.isfinite(generated).all() and np.isfinite(dataset).all()):
+        raise ValueError("features are not finite: no picture is near another")
     similarity = generated @ dataset.T  # [G, N]
     mine = similarity[np.arange(len(own)), list(own)]
-    return Retrieval((similarity > mine[:, None]).sum(1))
+    return Retrieval((similarity >= mine[:, None]).sum(1) - 1)

@@ -16,6 +16,20 @@ def test_ranks_count_the_pictures_that_are_nearer():
     assert (result.top(1), result.top(2), result.top(5)) == (pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
 
 
+def test_features_that_say_nothing_score_nothing():
+    same = np.full((3, 4), 0.5, np.float32)
+    assert rank(same, same, own=[0, 1, 2]).ranks.tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="not finite"):
+        rank(np.full((3, 4), np.nan, np.float32), same, own=[0, 1, 2])
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"text": "x"}'])
+def test_a_broken_listing_is_one_sentence(tmp_path, content):
+    (tmp_path / "metadata.jsonl").write_text(content)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        read_dataset(tmp_path, 8)
+
+
 def test_captions_are_chosen_evenly_and_always_the_same(tmp_path):
     rows = []
     for i in range(10):

@@ -28,7 +28,15 @@ def test_no_metadata_says_how_to_make_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", '{"text": "x"}', '{"file_name": "gone.png", "text": "x"}', '{"file_name": "bad.png", "text": "x"}']
+    "line",
+    [
+        "{",
+        '{"text": "x"}',
+        '{"file_name": "gone.png", "text": "x"}',
+        '{"file_name": "bad.png", "text": "x"}',
+        '{"file_name": "bad.png", "captions": "disc"}',
+        "[1]",
+    ],
 )
 def test_a_bad_line_is_named(tmp_path, line):
     (tmp_path / "bad.png").write_bytes(b"not a picture")

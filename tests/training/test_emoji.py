@@ -19,6 +19,14 @@ from bksdm_training.emoji import Emoji, captions, is_unseen, with_article
         ("women wrestling", "women wrestling"),
         ("grinning face with big eyes", "a grinning face with big eyes"),
         ("eye", "an eye"),
+        ("unicorn", "a unicorn"),
+        ("umbrella", "an umbrella"),
+        ("one o'clock", "a one o'clock"),
+        ("onion", "an onion"),
+        ("ewe", "a ewe"),
+        ("euro banknote", "a euro banknote"),
+        ("hourglass done", "an hourglass done"),
+        ("x-ray", "an x-ray"),
     ],
 )
 def test_articles(name, expected):

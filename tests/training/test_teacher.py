@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 
 from bksdm import checkpoint
 from bksdm_training.checkpointing import ResumeError
-from bksdm_training.config import LoopConfig
+from bksdm_training.config import LoopConfig, with_steps
+from bksdm_training.data import DataError
 from bksdm_training.teacher import train_teacher
 
 
@@ -39,6 +41,28 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, mini_data, mini
     train_teacher(mini_config, mini_data, tmp_path, torch.device("cpu"))
     with pytest.raises(ResumeError, match="begun with other settings"):
         train_teacher(replace(mini_config, crop=16), mini_data, tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("no_lpips")
+def test_a_denoiser_is_not_joined_to_an_autoencoder_it_was_not_trained_on(tmp_path, mini_data, mini_config):
+    train_teacher(mini_config, mini_data, tmp_path, torch.device("cpu"))
+    with pytest.raises(ResumeError, match="unet was trained with another made_on"):
+        train_teacher(with_steps(mini_config, 8, None), mini_data, tmp_path, torch.device("cpu"))
+
+
+def test_data_without_a_licence_is_refused_before_anything_is_trained(tmp_path, mini_data, mini_config):
+    shutil.copytree(mini_data, tmp_path / "data", ignore=lambda *_: ["LICENSE"])
+    with pytest.raises(DataError, match="has no LICENSE"):
+        train_teacher(mini_config, tmp_path / "data", tmp_path / "run", torch.device("cpu"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["{", '{"sources": [1]}', "[]"])
+def test_a_damaged_dataset_description_is_one_sentence(tmp_path, mini_data, mini_config, content):
+    shutil.copytree(mini_data, tmp_path / "data")
+    (tmp_path / "data" / "dataset.json").write_text(content)
+    with pytest.raises(DataError, match=r"dataset.json is damaged"):
+        train_teacher(mini_config, tmp_path / "data", tmp_path / "run", torch.device("cpu"))
 
 
 _PROGRAM = """
@@ -69,16 +93,15 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(tmp_path, mini_da
         return subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL, env=dict(os.environ))
 
     assert start(tmp_path / "whole").wait() == 0
-    kills = 0
-    for delay in (9.0, 10.0, 11.0, 12.5, 14.0):
+    for stage, step in (("vae", 5), ("vae", 17), ("unet", 4), ("unet", 19)):
+        log = tmp_path / "broken" / stage / "log.jsonl"
         process = start(tmp_path / "broken")
-        time.sleep(delay)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+        while process.poll() is None and (not log.is_file() or log.read_bytes().count(b"\n") < step):
+            time.sleep(0.01)
+        assert process.poll() is None, f"the run ended before step {step} of {stage}"
+        process.send_signal(signal.SIGKILL)
         process.wait()
     assert start(tmp_path / "broken").wait() == 0
-    assert kills, "every run ended before it could be killed"
     for part in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
         whole, broken = (
             load_file(tmp_path / run / "checkpoint" / f"{part}.safetensors") for run in ("whole", "broken")

@@ -5,6 +5,7 @@ random state to save: every draw comes from a generator seeded by (seed, step)."
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -62,9 +64,21 @@ def load_newest(folder: Path) -> State | None:
     if not found:
         return None
     path = folder / f"step-{found[-1]:08d}"
-    facts = json.loads((path / "state.json").read_text())
-    groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    try:
+        facts = json.loads((path / "state.json").read_text())
+        groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ResumeError(f"{path} is damaged ({error}): remove it to go on from the state before it") from error
     return State(facts.pop("step"), groups, facts)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights, in the order of their names: whether two modules are the same one."""
+    total = hashlib.sha256()
+    for key in sorted(tensors):
+        total.update(key.encode())
+        total.update(tensors[key].detach().float().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def steps(folder: Path) -> list[int]:

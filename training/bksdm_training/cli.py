@@ -69,6 +69,8 @@ def teacher(
         made = train_teacher(with_steps(PRESETS[kind], vae_steps, unet_steps), folder, output, torch.device(kind))
     except (DataError, ResumeError, DivergedError, PackageError, CheckpointError, OSError) as error:
         raise click.ClickException(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException("the GPU is out of memory: free it or take --preset cpu") from error
     click.echo(made)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 @dataclass(frozen=True)
 class LoopConfig:
     """One training loop. Learning rate: linear warm-up, constant, then linear to zero over the last `decay_share`
-    (warm-up - stable - decay, arXiv 2405.18392), so that a run can be prolonged by raising `steps` alone."""
+    (warm-up - stable - decay, arXiv 2405.18392), so that a run can be prolonged by raising `steps` alone until it has
+    begun to decay."""
 
     steps: int
     batch_size: int
@@ -65,7 +66,7 @@ class TeacherConfig:
             steps=5500, batch_size=8, learning_rate=1e-3, warmup=50, ema_decay=0.995, bf16=True
         )
     )
-    unet: LoopConfig = field(default_factory=lambda: LoopConfig(steps=3600, batch_size=32, learning_rate=8e-4))
+    unet: LoopConfig = field(default_factory=lambda: LoopConfig(steps=4300, batch_size=32, learning_rate=8e-4))
 
     def __post_init__(self) -> None:
         if self.size % 64:

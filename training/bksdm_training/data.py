@@ -42,15 +42,17 @@ def read_folder(folder: Path, size: int) -> Pictures:
     for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            name, texts = row["file_name"], tuple(row.get("captions") or (row["text"],))
+            name, texts = row["file_name"], row.get("captions") or [row["text"]]
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError("captions must be a list of texts")
             with Image.open(folder / name) as picture:
                 image = picture.convert("RGB")
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise DataError(f"{listing}, line {number}: {type(error).__name__}: {error}") from error
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.LANCZOS)
         pixels.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-        captions.append(texts)
+        captions.append(tuple(texts))
         names.append(name)
     if not names:
         raise DataError(f"{listing} is empty")

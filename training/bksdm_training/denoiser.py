@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bksdm_training import loop
 from bksdm_training.charts import save_grid
+from bksdm_training.checkpointing import digest
 from bksdm_training.config import TeacherConfig
 from bksdm_training.data import Order, Pictures, encode, seeded, tokenize
 from bksdm_training.vae import encode_moments
@@ -92,6 +93,7 @@ def train_denoiser(
     mean, std = (encode_moments(vae, pictures, device) * vae.config["scaling_factor"]).chunk(2, 1)
     tokens = tokenize(tokenizer, pictures.captions)
     order = Order(len(pictures), config.unet.batch_size, config.unet.seed)
+    made_on = "autoencoder " + digest(vae.state_dict())  # another one's latents would be noise to these weights
     alphas = DDPMScheduler.from_config(SCHEDULER_CONFIG).alphas_cumprod
     weights = min_snr_weights(alphas, config.min_snr_gamma)
 
@@ -111,7 +113,7 @@ def train_denoiser(
         pictures = sample(model, vae, tokenizer, shown, device=device)
         save_grid(pictures, folder / "samples.png", columns=8, captions=shown)
 
-    loop.run("unet", model, loss_at, config.unet, folder, device=device, on_checkpoint=on_checkpoint)
+    loop.run("unet", model, loss_at, config.unet, folder, device=device, on_checkpoint=on_checkpoint, made_on=made_on)
     silence_unseen_tokens(model.text_encoder, tokens.ids)
     return model
 

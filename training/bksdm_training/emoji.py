@@ -76,7 +76,9 @@ def with_article(name: str) -> str:
     """ "red apple" -> "a red apple"; a plural name stays as it is ("grapes", "women wrestling")."""
     head = re.split(r" with | in | on | of | and |: ", name)[0].split()
     plural = head[0] in ("men", "women", "people") or (head[-1].endswith("s") and not head[-1].endswith(("ss", "us")))
-    return name if plural else ("an " if name[0] in "aeiou" else "a ") + name
+    # by sound, not by letter: a unicorn, a euro, an hourglass, an x-ray
+    vowel = re.match(r"hour|x-ray|(?!uni|eu|ewe|one\b|used|ukulele)[aeiou]", name)
+    return name if plural else ("an " if vowel else "a ") + name
 
 
 def build(output: Path, *, sources: tuple[str, ...] = ("fluent", "noto"), size: int = 256) -> dict[str, object]:
@@ -97,7 +99,7 @@ def build(output: Path, *, sources: tuple[str, ...] = ("fluent", "noto"), size: 
             pictures = {"fluent": fluent_pictures, "noto": noto_pictures}[source](size)
             by_key = {emoji.key: emoji for emoji in concepts}
             for key, picture in pictures:
-                emoji = by_key.get(key)
+                emoji = by_key.pop(key, None)  # one picture a concept: some files differ by U+FE0F alone
                 if emoji is None:
                     continue
                 split = "unseen" if is_unseen(emoji.name) else "train"
@@ -134,7 +136,8 @@ def read_concepts() -> Iterator[Emoji]:
         rows = json.load(_member(archive, "package/en/data.json"))
     for row in rows:
         if row.get("group") in GROUPS:
-            yield Emoji(row["label"].lower(), tuple(row.get("tags", ())), _key(row["hexcode"]))
+            # straight apostrophes, as people type them
+            yield Emoji(row["label"].lower().replace("\u2019", "'"), tuple(row.get("tags", ())), _key(row["hexcode"]))
 
 
 def fluent_pictures(size: int) -> Iterator[tuple[str, Image.Image]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bksdm_training import checkpointing
+from bksdm_training.checkpointing import ResumeError
 from bksdm_training.config import LoopConfig
 from bksdm_training.data import seeded
 
@@ -32,16 +34,20 @@ def run(
     *,
     device: torch.device,
     on_checkpoint: Callable[[int, nn.Module], None],
+    made_on: str = "",
 ) -> nn.Module:
     """Train `module` and return it with the averaged (EMA) weights, in eval mode.
 
     loss_at(step, generator) gives the terms of the loss of step 1..steps; their sum is minimised. All its draws come
     from `generator`. A run that was killed goes on from its newest state in `folder`. `on_checkpoint(step, module)`
-    sees the averaged weights. Raises DivergedError, checkpointing.ResumeError."""
+    sees the averaged weights. made_on: what the run depends on (a hash); a state made on something else is refused.
+    Raises DivergedError, checkpointing.ResumeError."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=config.weight_decay)
     average = {key: value.detach().clone() for key, value in module.state_dict().items()}
-    first = _resume(folder, module, optimizer, average) + 1
+    facts: dict[str, object] = {"stage": name, "made_on": made_on}
+    done, earlier = _resume(folder, module, optimizer, average, facts)
+    first, started = done + 1, time.monotonic()
     module.train()
     with (
         _Log(folder / "log.jsonl", first) as log,
@@ -70,7 +76,10 @@ def run(
                     "ema": average,
                     "optimizer": checkpointing.optimizer_tensors(optimizer),
                 }
-                checkpointing.save(folder, checkpointing.State(step, groups, {"stage": name}))
+                checkpointing.save(
+                    folder,
+                    checkpointing.State(step, groups, {**facts, "seconds": earlier + time.monotonic() - started}),
+                )
                 with _Swapped(module, average):
                     on_checkpoint(step, module)
     module.load_state_dict(average)
@@ -84,16 +93,29 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may have cut the last one
 
 
-def _resume(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
+def _resume(
+    folder: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    facts: Mapping[str, object],
+) -> tuple[int, float]:
+    """Put the newest state back; its step (0: there is none) and the seconds that the run has taken until then."""
     state = checkpointing.load_newest(folder)
     if state is None:
-        return 0
+        return 0, 0.0
+    for key, value in facts.items():
+        if state.facts.get(key) != value:
+            raise ResumeError(
+                f"{folder} was trained with another {key} ({state.facts.get(key)}, now {value}): "
+                "remove it or choose another output folder"
+            )
     checkpointing.restore_module(module, state.groups["weights"])
     checkpointing.restore_optimizer(optimizer, state.groups["optimizer"])
     for key, value in state.groups["ema"].items():
         average[key].copy_(value)
     logger.info("resumed at step %d from %s", state.step, folder)
-    return state.step
+    return state.step, float(str(state.facts.get("seconds", 0)))
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +14,11 @@ from transformers import CLIPTokenizer
 
 from bksdm import checkpoint
 from bksdm.licence import Licence
-from bksdm_training import loop
+from bksdm_training import checkpointing, loop
 from bksdm_training.charts import save_curve, save_grid
 from bksdm_training.checkpointing import ResumeError
 from bksdm_training.config import TeacherConfig
-from bksdm_training.data import read_folder
+from bksdm_training.data import DataError, read_folder
 from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, sample, train_denoiser
 from bksdm_training.vae import psnr, train_vae
 
@@ -33,8 +32,8 @@ def train_teacher(
 
     Goes on from what `output` holds of an earlier run with the same settings and data.
     Raises DataError, ResumeError (other settings), DivergedError, PackageError, CheckpointError."""
-    _same_run(config, data, output)
-    started = time.monotonic()
+    about, licence = _describe(data)
+    _same_run(config, about, output)
     pictures, unseen = read_folder(data / "train", config.size), read_folder(data / "unseen", config.size)
     tokenizer = checkpoint.tokenizer()
 
@@ -43,7 +42,6 @@ def train_teacher(
     model = train_denoiser(pictures, vae, tokenizer, config, output / "unet", device, shown)
 
     folder = output / "checkpoint"
-    licence = Licence("MIT and Apache-2.0 notices", (data / "LICENSE").read_text(encoding="utf-8"))
     checkpoint.save(
         checkpoint.Checkpoint(
             variant="custom",
@@ -65,11 +63,11 @@ def train_teacher(
     _draw(output, model, vae, tokenizer, grids, device)
     facts = {
         "config": asdict(config),
-        "data": json.loads((data / "dataset.json").read_text()),
+        "data": about,
         "pictures": {"train": len(pictures), "unseen": len(unseen)},
         "vae_psnr_db": {"train": psnr(vae, pictures, device), "unseen": psnr(vae, unseen, device)},
         "scaling_factor": vae.config["scaling_factor"],
-        "seconds_of_last_run": round(time.monotonic() - started),
+        "seconds": {stage: _seconds(output / stage) for stage in ("vae", "unet")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
@@ -97,16 +95,46 @@ def _spread(items: list[str], count: int) -> list[str]:
     return items[:: max(1, len(items) // count)][:count]
 
 
-def _same_run(config: TeacherConfig, data: Path, output: Path) -> None:
-    """Refuse to go on with other settings; only run lengths may change."""
+def _describe(data: Path) -> tuple[object, Licence]:
+    """What a dataset says of itself, and the licence that goes with weights trained on it. Raises DataError."""
+    for split in ("train", "unseen"):
+        if not (data / split / "metadata.jsonl").is_file():
+            raise DataError(f"{data} has no {split}/metadata.jsonl: make one with bksdm-train data -o DIR")
+    try:
+        notice = (data / "LICENSE").read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"{data} has no LICENSE to hand on with the weights: put the notices of its pictures there, "
+            "or make a folder with bksdm-train data -o DIR"
+        ) from error
+    path = data / "dataset.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        names = sorted({source["licence"].split(",")[0] for source in about.get("sources", ())})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}): remove it or make the folder again") from error
+    return about, Licence(" and ".join(names) or "see the notice", notice)
+
+
+def _same_run(config: TeacherConfig, about: object, output: Path) -> None:
+    """Refuse to go on with other settings or data; only run lengths may change. Raises ResumeError."""
     path = output / "config.json"
-    dataset = data / "dataset.json"
-    now = {"config": asdict(config), "data": json.loads(dataset.read_text()) if dataset.is_file() else None}
+    now = json.loads(json.dumps({"config": asdict(config), "data": about}))
     if path.is_file():
-        then = json.loads(path.read_text())
-        for stage in ("vae", "unet"):
-            then["config"][stage]["steps"] = now["config"][stage]["steps"]
-        if then != json.loads(json.dumps(now)):
+        try:
+            then = json.loads(path.read_text())
+            for stage in ("vae", "unet"):
+                then["config"][stage]["steps"] = now["config"][stage]["steps"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResumeError(f"{path} is damaged ({error}): choose another --output") from error
+        if then != now:
             raise ResumeError(f"{output} was begun with other settings or data: choose another --output")
     output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=2) + "\n")
+    staging = path.with_name(f".{path.name}")
+    staging.write_text(json.dumps(now, indent=2) + "\n")
+    staging.replace(path)
+
+
+def _seconds(folder: Path) -> int:
+    state = checkpointing.load_newest(folder)
+    return round(float(str(state.facts["seconds"]))) if state else 0

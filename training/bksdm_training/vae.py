@@ -49,7 +49,7 @@ def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, device: t
         rebuilt = vae.decode(latent.mean + latent.std * noise).sample
         return {
             "l1": (rebuilt.float() - x).abs().mean(),
-            "lpips": config.lpips_weight * lpips(rebuilt.float(), x).mean(),
+            "lpips": config.lpips_weight * lpips(rebuilt, x).mean(),
             "kl": config.kl_weight * 0.5 * (latent.mean.square() + latent.var - 1 - latent.logvar).float().mean(),
         }
 
