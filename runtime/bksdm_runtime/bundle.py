@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import mmap
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from bksdm_runtime.manifest import (
     MANIFEST_NAME,
@@ -70,8 +70,8 @@ class Bundle:
 def load(folder: Path | str, *, verify: bool = True) -> Bundle:
     """Open a bundle and check all of it: schema, paths, sizes, shapes, and with `verify` the SHA-256 of every file.
 
-    A file that bundle.json does not list is refused in a folder that holds listed files (a graph could read it as its
-    weights); beside them, at the top or in engines/, it is ignored. Raises BundleError.
+    A file that bundle.json does not list is refused anywhere below a top folder that holds listed files (a graph could
+    read it as its weights); beside those folders, at the top or in engines/, it is ignored. Raises BundleError.
     """
     root = Path(folder)
     try:
@@ -81,7 +81,8 @@ def load(folder: Path | str, *, verify: bool = True) -> Bundle:
     except BundleError as error:
         raise BundleError(f"bundle {root}: {error}") from None
     except OSError as error:
-        raise BundleError(f"bundle {root} cannot be read: {error}") from None
+        where = f" ({error.filename})" if error.filename else ""
+        raise BundleError(f"bundle {root} cannot be read: {error.strerror or error}{where}") from None
 
 
 def demo() -> Path:
@@ -144,7 +145,8 @@ def _load(root: Path, verify: bool) -> Bundle:
                 )
     scheduler_text, _ = _read_text(root, SCHEDULER_CONFIG)
     try:
-        scheduler_config = parse_object(scheduler_text)
+        # diffusers saves DPM-Solver's `lambda_min_clipped` so; the schedule refuses it in any other setting
+        scheduler_config = parse_object(scheduler_text, minus_infinity=True)
     except JsonError as error:
         raise BundleError(f"{SCHEDULER_CONFIG}: {error}") from None
     return Bundle(root, manifest, scheduler_config, sha256)
@@ -175,9 +177,24 @@ def _check_file(root: Path, name: str, record: FileRecord) -> None:
 
 
 def _refuse_unlisted(root: Path, manifest: Manifest) -> None:
-    folders = {PurePosixPath(name).parent for name in manifest.files} - {PurePosixPath()}
-    for folder in sorted(folders):
-        for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
-            name = (folder / entry.name).as_posix()
-            if entry.is_file() and name not in manifest.files and entry.name not in _DESKTOP_FILES:
+    graphs = [root / component.path for component in manifest.components.values()]
+    folders = {name.split("/")[0] for name in manifest.files if "/" in name}
+    waiting = [root / folder for folder in sorted(folders, reverse=True)]
+    while waiting:
+        for path in sorted(waiting.pop().iterdir()):
+            name = path.relative_to(root).as_posix()
+            if path.is_dir():
+                if path.is_symlink():  # what it leads to is listed under another name, or not at all
+                    raise BundleError(f"{name} is a linked folder: copy the files themselves (cp -rL)")
+                waiting.append(path)
+            elif name not in manifest.files and not (path.name in _DESKTOP_FILES and not _named_in(graphs, path.name)):
                 raise BundleError(f"{name} is not listed in {MANIFEST_NAME}: remove it, or export the bundle again")
+
+
+def _named_in(graphs: Iterable[Path], name: str) -> bool:
+    """Whether a graph's bytes hold the name, as they do where its weights lie in a file of that name."""
+    for graph in graphs:
+        with graph.open("rb") as file:
+            if graph.stat().st_size and mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(name.encode()) >= 0:
+                return True
+    return False

@@ -232,6 +232,12 @@ def _check_components(manifest: Manifest) -> None:
     for path in listed:
         if path not in manifest.files:
             raise JsonError(f"files does not list {path}")
+    for name, component in manifest.components.items():
+        # Its external weights are found from its folder: whatever lies there must be listed.
+        if not component.path.startswith(f"{name}/"):
+            raise JsonError(
+                f"components.{name}.path must lie in the folder {name}/, found {ascii(component.path)[:80]}"
+            )
     for name in _CONTRACT:
         if name not in manifest.components and name not in _OPTIONAL_COMPONENTS:
             raise JsonError(f"components.{name} is missing")

@@ -145,7 +145,7 @@ def read_settings(config: Mapping[str, object], sampler: str) -> Settings:
         final_sigma_min=values.get("final_sigmas_type") == "sigma_min",
         lower_order_final=_boolean(values, "lower_order_final"),
         euler_at_final=_boolean(values, "euler_at_final"),
-        lambda_min_clipped=_number(values, "lambda_min_clipped", infinite=True),
+        lambda_min_clipped=_number(values, "lambda_min_clipped", minus_infinity=True),
     )
 
 
@@ -203,8 +203,9 @@ def _boolean(values: Mapping[str, object], name: str) -> bool:
     return value
 
 
-def _number(values: Mapping[str, object], name: str, *, infinite: bool = False) -> float:
+def _number(values: Mapping[str, object], name: str, *, minus_infinity: bool = False) -> float:
     value = values.get(name, -math.inf)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (infinite or math.isfinite(value)):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (math.isfinite(value) or (minus_infinity and value == -math.inf)):
         raise ScheduleError(f"scheduler setting {name!r} is {value!r}: it needs a number")
     return float(value)

@@ -12,18 +12,23 @@ class JsonError(ValueError):
     """The text is not JSON, or not the JSON that was expected; the message is one sentence."""
 
 
-def parse_object(text: str) -> dict[str, object]:
+def parse_object(text: str, *, minus_infinity: bool = False) -> dict[str, object]:
     """Parse one JSON object, strictly: no NaN or infinity, no key twice, no nesting that exhausts the stack.
 
-    Raises JsonError; never RecursionError.
+    minus_infinity: read `-Infinity`, which Python's json writes and which is not JSON. Raises JsonError; never
+    RecursionError.
     """
+
+    def constant(name: str) -> float:
+        if minus_infinity and name == "-Infinity":
+            return -math.inf
+        raise JsonError(f"has {name}, which is not JSON")
+
     try:
         # The decoder is typed as returning Any; every field is checked by `Fields` before use.
         value = cast(
             object,
-            json.loads(
-                text, object_pairs_hook=_unique_keys, parse_float=_finite_float, parse_constant=_refuse_constant
-            ),
+            json.loads(text, object_pairs_hook=_unique_keys, parse_float=_finite_float, parse_constant=constant),
         )
     except JsonError:
         raise
@@ -135,10 +140,6 @@ def _finite_float(digits: str) -> float:
     if not math.isfinite(value):
         raise JsonError(f"has a number out of range: {_shorten(digits)}")
     return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise JsonError(f"has {name}, which is not JSON")
 
 
 def _describe(value: object) -> str:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.bundle import Bundle, BundleError, Manifest
+from bksdm_runtime.schedule import ScheduleError, make_schedule
 
 Content = dict[str, Any]
 Rewrite = Callable[[Path, Callable[[Content], object]], None]
@@ -109,6 +113,69 @@ def test_a_missing_file_is_named(toy_copy: Path) -> None:
 def test_an_unlisted_file_where_a_graph_could_read_it_is_refused(toy_copy: Path, name: str) -> None:
     (toy_copy / name).write_bytes(b"sneaked in")
     refuse(toy_copy, f"{name} is not listed in bundle.json")
+
+
+def give_external_weights(folder: Path, location: str) -> Path:
+    """Move the U-Net's weights to a file beside its graph, as an exporter (or an attacker) may; list only the graph."""
+    graph = folder / "unet" / "model.onnx"
+    weights = graph.parent / location
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    model = onnx.load(graph)
+    onnx.external_data_helper.convert_model_to_external_data(model, location=location, size_threshold=0)
+    onnx.save(model, graph)
+    return weights
+
+
+@pytest.mark.parametrize("location", ["model.onnx.data", "w/x.data", "w/v/x.data", ".DS_Store"])
+def test_unlisted_weights_in_a_folder_below_a_component_were_loaded_and_never_verified(
+    toy_copy: Path, location: str, rewrite_manifest: Rewrite
+) -> None:
+    weights = give_external_weights(toy_copy, location)
+    records = {name: vars(record) for name, record in bundles.file_records(toy_copy).items()}
+    rewrite_manifest(toy_copy, _set("files", value=records))
+    if records.pop(f"unet/{location}", None):  # no record is made of a .DS_Store
+        bundles.load(toy_copy)
+    rewrite_manifest(toy_copy, _set("files", value=records))
+    assert weights.is_file()
+    refuse(toy_copy, f"unet/{location} is not listed in bundle.json")
+
+
+def test_a_linked_folder_below_a_component_is_refused(toy_copy: Path) -> None:
+    (toy_copy / "engines").mkdir()
+    (toy_copy / "engines" / "x.data").write_bytes(b"weights")
+    (toy_copy / "unet" / "w").symlink_to(toy_copy / "engines")
+    refuse(toy_copy, "unet/w is a linked folder")
+
+
+@pytest.mark.parametrize("path", ["model.onnx", "scheduler/model.onnx", "vae_decoder/unet.onnx", "unet.onnx"])
+def test_a_component_outside_its_own_folder_is_refused(toy_copy: Path, path: str, rewrite_manifest: Rewrite) -> None:
+    shutil.move(toy_copy / "unet" / "model.onnx", toy_copy / path)
+    records = {name: vars(record) for name, record in bundles.file_records(toy_copy).items()}
+    rewrite_manifest(toy_copy, _set("files", value=records))
+    rewrite_manifest(toy_copy, _set("components", "unet", "path", value=path))
+    refuse(toy_copy, "components.unet.path must lie in the folder unet/")
+
+
+def test_an_unreadable_file_is_said_without_an_error_number(toy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(bundles, "file_sha256", fail)
+    assert "[Errno" not in refuse(toy_copy, r"cannot be read: Permission denied \(.*\)")
+
+
+def test_a_saved_dpm_solver_config_holds_minus_infinity_and_is_read(toy_copy: Path, rewrite_manifest: Rewrite) -> None:
+    scheduler = DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.save_config(toy_copy / "scheduler")
+    assert "-Infinity" in (toy_copy / "scheduler" / "scheduler_config.json").read_text()
+    records = {name: vars(record) for name, record in bundles.file_records(toy_copy).items()}
+    rewrite_manifest(toy_copy, _set("files", value=records))
+    config = bundles.load(toy_copy).scheduler_config
+    assert config["lambda_min_clipped"] == -math.inf
+    assert len(make_schedule(config, steps=20, sampler="dpmsolver++").timesteps) == 20
+    for name in ("beta_start", "steps_offset", "trained_betas"):
+        with pytest.raises(ScheduleError, match=f"'{name}'"):
+            make_schedule({**config, name: -math.inf}, steps=20, sampler="dpmsolver++")
 
 
 def test_files_of_the_user_at_the_top_and_engines_are_ignored(toy_copy: Path) -> None:
@@ -298,7 +365,7 @@ def test_a_wrong_field_gives_one_sentence(
         (b"\xff\xfe", "is not UTF-8"),
         (b"\xef\xbb\xbf{}", "is not JSON"),
         (b'{"a": NaN}', "has NaN, which is not JSON"),
-        (b'{"a": -Infinity}', "has -Infinity, which is not JSON"),
+        (b'{"a": Infinity}', "has Infinity, which is not JSON"),
         (b'{"a": 1e999}', "has a number out of range"),
         (b'{"a": 1, "a": 2}', "has the key a twice"),
         (b"[" * 200_000, "nested too deeply"),
@@ -317,6 +384,11 @@ def test_hostile_json_gives_one_sentence(
         records = bundles.file_records(toy_copy)
         rewrite_manifest(toy_copy, _set("files", name, value=vars(records[name])))
     assert name in refuse(toy_copy, match)
+
+
+def test_minus_infinity_is_not_read_in_the_manifest(toy_copy: Path) -> None:
+    (toy_copy / "bundle.json").write_text('{"a": -Infinity}')
+    refuse(toy_copy, "has -Infinity, which is not JSON")
 
 
 JSON = st.recursive(
