@@ -4,9 +4,10 @@ A seed then gives the picture that diffusers gives. Two of torch's generators ar
 
 - `CpuGenerator`: at::mt19937 and the CPU normal kernel (aten/src/ATen/native/cpu/DistributionTemplates.h,
   aten/src/ATen/core/DistributionsHelper.h). The uniform stream and the angles are equal bit for bit; log, sin and cos
-  are computed here in float64, in torch by polynomials in float32 that depend on its build (AVX2, AVX-512, none), so
-  the normals differ by an ulp or so: |difference| / max(1, |value|) is 2.4e-7 at most over 20 million values (torch
-  2.13, AVX-512). Draws of fewer than 16 values take torch's float64 path and are equal bit for bit.
+  are computed here in float64, in torch by float32 code that depends on the processor, so the normals differ a little:
+  |difference| / max(1, |value|) is 2.4e-7 at most with AVX2 or AVX-512, and 2.3e-6 without either (20 million values
+  each, torch 2.13, ATEN_CPU_CAPABILITY=avx2, avx512, default). Torch differs from itself by as much between them.
+  Draws of fewer than 16 values take torch's float64 path and are equal bit for bit.
 - `CudaGenerator`: Philox4x32-10 and cuRAND's Box-Muller transform in the layout of torch's CUDA kernel
   (aten/src/ATen/native/cuda/DistributionTemplates.h, curand_normal.h). The words are equal bit for bit; the device
   takes sin and cos from fast instructions (absolute error about 2^-21, and the radius is under 6.7), so expect the
