@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import sys
 import time
@@ -18,8 +17,8 @@ from bksdm_runtime.version import version
 _PROGRAM = "bksdm-export"
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _DEFAULT_VARIANT = "small"
-# What the export extra brings; none is imported before it is known to be there.
-_EXTRA = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime")
+# What the export extra brings.
+_EXTRA = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -96,10 +95,6 @@ def command(
     bksdm-export --variant tiny --precision fp16 -o out/tiny-fp16
     bksdm-export --weights my-checkpoint/ --unet runs/student/unet
     """
-    for name in _EXTRA:
-        if importlib.util.find_spec(name) is None:
-            click.echo(f"{_PROGRAM}: needs {name}: pip install 'bksdm[export]'", err=True)
-            return 2
     _log_to_stderr(verbose)
     started = time.perf_counter()
 
@@ -107,10 +102,17 @@ def command(
         click.echo(f"[{time.perf_counter() - started:6.1f} s] {stage}", err=True)
 
     progress("importing PyTorch")  # here and not above: --help must work whatever is installed
-    from bksdm.errors import CheckpointError
-    from bksdm_export.errors import ExportError
-    from bksdm_export.recipe import ExportRequest, export_variant
-    from bksdm_export.report import table
+    try:
+        from bksdm.errors import CheckpointError
+        from bksdm_export.errors import ExportError
+        from bksdm_export.recipe import ExportRequest, export_variant
+        from bksdm_export.report import table
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _EXTRA:
+            raise
+        click.echo(f"{_PROGRAM}: needs {name}: pip install 'bksdm[export]'", err=True)
+        return 2
 
     if variant is None and weights is None:
         variant = _DEFAULT_VARIANT

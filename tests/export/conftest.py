@@ -1,0 +1,69 @@
+"""Models small enough to export many times, and bundles that are exported once for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bksdm import checkpoint as checkpoints
+from bksdm.checkpoint import Checkpoint
+from bksdm_export import graphs, reference
+from bksdm_export.recipe import ExportRequest, export_variant
+
+# The smallest that still has every kind of part: skip connections over a downsampler, attention, a middle.
+SMALLEST_UNET = {
+    "block_out_channels": [16, 32],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def build_smallest(build_mini: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
+    """A whole model with a U-Net of two stages: a quarter of the mini's time to export. A new one on every call."""
+
+    def build(**unet: object) -> Checkpoint:
+        return build_mini(unet={**SMALLEST_UNET, **unet})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def smallest_folder(build_smallest: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`build_smallest()` as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "smallest"
+    checkpoints.save(build_smallest(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini_folder(mini_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`mini_checkpoint` as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "mini"
+    checkpoints.save(mini_checkpoint, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini_reference(mini_checkpoint: Checkpoint) -> reference.Reference:
+    """What PyTorch gives for the pictures that an export of the mini compares."""
+    facts = graphs.model_facts(mini_checkpoint)
+    return reference.make_reference(mini_checkpoint, facts, reference.plan(facts))
+
+
+@pytest.fixture(scope="session")
+def exported(mini_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """exported(precision="fp32", storage=None): the mini as a verified bundle; each is made once. Read-only."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def export(precision: str = "fp32", storage: str | None = None) -> Path:
+        output = folder / f"{precision}-{storage or precision}"
+        if not output.exists():
+            export_variant(ExportRequest(output, weights=str(mini_folder), precision=precision, storage=storage))
+        return output
+
+    return export

@@ -1,0 +1,165 @@
+"""From a checkpoint to a bundle that the runtime takes, or to nothing at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from bksdm.errors import CheckpointError
+from bksdm_export import graphs, to_onnx
+from bksdm_export.errors import ExportError
+from bksdm_export.recipe import ExportRequest, export_variant
+from bksdm_export.reference import Reference
+from bksdm_export.verify import compare_picture
+from bksdm_runtime import bundle as bundles
+from bksdm_runtime.pipeline import Images, Pipeline
+from bksdm_runtime.request import Request
+
+REPOSITORY = Path(__file__).parents[2]
+KINDS = [("fp32", "fp32"), ("fp32", "fp16"), ("fp16", "fp16")]
+
+
+@pytest.mark.parametrize(("precision", "storage"), KINDS)
+def test_the_bundle_passes_every_check_of_its_reader(
+    exported: Callable[..., Path], precision: str, storage: str
+) -> None:
+    bundle = bundles.load(exported(precision, storage), verify=True)
+    manifest = bundle.manifest
+    assert (manifest.precision, manifest.storage) == (precision, storage)
+    assert set(manifest.components) == set(graphs.COMPONENTS)
+    assert manifest.model.size_multiple == 8
+    assert {"parity.json", "parity.html", "LICENSE", "model_index.json", "tokenizer/tokenizer.json"} <= set(
+        manifest.files
+    )
+    assert manifest.tools["torch"]
+
+
+@pytest.mark.parametrize(("precision", "storage"), KINDS)
+def test_parity_figures_are_within_their_tolerances_and_stand_beside_them(
+    exported: Callable[..., Path], precision: str, storage: str
+) -> None:
+    folder = exported(precision, storage)
+    figures = json.loads((folder / "parity.json").read_text())
+    assert set(figures["components"]) == set(graphs.COMPONENTS)
+    for graph in figures["components"].values():
+        assert 0 < graph["error"] <= graph["tolerance"]
+        assert graph["cases"]
+    assert len(figures["pictures"]) == 4
+    assert all(picture["mean_difference"] <= figures["picture_tolerance"] for picture in figures["pictures"])
+    brief = bundles.load(folder).manifest.parity
+    assert json.loads(json.dumps(brief))["components"].keys() == figures["components"].keys()
+
+
+@pytest.mark.parametrize(("precision", "storage"), KINDS)
+def test_the_runtime_draws_pytorchs_pictures(
+    exported: Callable[..., Path], mini_reference: Reference, precision: str, storage: str
+) -> None:
+    """Alone, not in the batch that the export verified."""
+    pipeline = Pipeline.open(exported(precision, storage))
+    picture = mini_reference.pictures[2]
+    request = picture.request
+    items = pipeline.generate(
+        [Request(request.prompt, "", request.seed, request.steps, 7.5, request.height, request.width)]
+    )
+    [images] = [item for item in items if isinstance(item, Images)]
+    # Measured: 0 in fp32, 0.03 stored as fp16, 0.04 in fp16.
+    assert compare_picture(picture, images.pixels[0]).mean < (0.01 if storage == "fp32" else 0.2)
+
+
+def test_every_license_travels_along(exported: Callable[..., Path], mini_folder: Path) -> None:
+    manifest = bundles.load(exported("fp32")).manifest
+    assert (exported("fp32") / manifest.licence.file).read_text() == (mini_folder / "LICENSE").read_text()
+    assert manifest.licence.name
+
+
+def test_no_path_of_this_machine_is_in_the_bundle(exported: Callable[..., Path], mini_folder: Path) -> None:
+    for path in exported("fp32").rglob("*"):
+        if path.is_file() and path.name not in {
+            "bundle.json",
+            "parity.html",
+        }:  # those name the source that was asked for
+            assert str(mini_folder).encode() not in path.read_bytes(), path
+            assert b"site-packages" not in path.read_bytes(), path
+
+
+@pytest.fixture
+def faulty_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between export and verification, one number of the VAE decoder's graph changes."""
+    save = to_onnx.save
+
+    def changed(model: ir.Model, path: Path) -> None:
+        weight = model.graph.initializers.get("decoder.up_blocks.2.resnets.0.conv1.weight")
+        if weight is not None and weight.const_value is not None and path.parent.name == "vae_decoder":
+            array = weight.const_value.numpy().copy()
+            array.flat[0] += 0.5
+            weight.const_value = ir.Tensor(array)
+        save(model, path)
+
+    monkeypatch.setattr(to_onnx, "save", changed)
+
+
+@pytest.mark.usefixtures("faulty_decoder")
+def test_a_wrong_graph_keeps_nothing_and_names_component_and_node(smallest_folder: Path, tmp_path: Path) -> None:
+    request = ExportRequest(tmp_path / "bundle", weights=str(smallest_folder))
+    with pytest.raises(ExportError, match="vae_decoder differs by") as raised:
+        export_variant(request)
+    assert "in vae_decoder the error appears at node decoder.up_blocks.2.resnets.0.conv1/Conv" in str(raised.value)
+    [page] = tmp_path.iterdir()
+    assert page.name == "bundle.failed.html"
+    assert "decoder.up_blocks.2.resnets.0.conv1/Conv" in page.read_text()
+
+
+def test_a_precision_that_is_not_written_is_refused_first(tmp_path: Path) -> None:
+    request = ExportRequest(tmp_path / "bundle", weights="nowhere", precision="fp16", storage="fp32")
+    with pytest.raises(ExportError, match="fp16 stored as fp32 is not written"):
+        export_variant(request)
+
+
+def test_an_existing_folder_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_text("{}")
+    with pytest.raises(ExportError, match="--force"):
+        export_variant(ExportRequest(tmp_path, weights="nowhere"))
+
+
+def test_weights_that_are_not_there_are_the_checkpoints_own_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        export_variant(ExportRequest(tmp_path / "bundle", weights=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_export_killed_while_it_writes_leaves_no_bundle(smallest_folder: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join(str(REPOSITORY / folder) for folder in ("export", "runtime", "."))
+    command = [sys.executable, "-c", "from bksdm_export.cli import main; main()"]
+    options = ["--weights", str(smallest_folder), "-o", str(tmp_path / "bundle")]
+    with subprocess.Popen(
+        [*command, *options], stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    ) as process:
+        assert process.stderr is not None
+        assert any("unet: PyTorch to ONNX" in line for line in process.stderr)
+        process.send_signal(signal.SIGKILL)
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(".bundle.partial-")
+    assert (left / "text_encoder" / "model.onnx").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["tiny", "sd-v1.4"])
+def test_full_size_exports_within_its_memory(variant: str, tmp_path: Path) -> None:
+    """2.2 times the weights in fp32: a checkpoint that loads can be exported."""
+    benchmark = [sys.executable, str(REPOSITORY / "benchmarks" / "export.py"), "--variants", variant]
+    result = subprocess.run(
+        benchmark, capture_output=True, text=True, check=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    figures = result.stdout.splitlines()[-1].split()
+    assert figures[0] == variant, result.stdout + result.stderr
+    assert float(figures[-1]) < 2.2, result.stdout  # measured: tiny TODO, sd-v1.4 TODO
+    assert np.isfinite(float(figures[1]))

@@ -1,0 +1,106 @@
+"""What an export is compared with: real pictures at sizes off every grid, and the calls that made them."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from bksdm.checkpoint import Checkpoint
+from bksdm_export import graphs
+from bksdm_export.reference import Reference, make_reference, plan
+from bksdm_export.to_onnx import TRACED_SIZES
+from bksdm_export.wrappers import wrap
+from bksdm_runtime.bundle import ModelFacts
+
+
+def facts(side: int) -> ModelFacts:
+    return ModelFacts(77, 32, 4, 8, 0.18215, 8, side, side)
+
+
+@pytest.mark.parametrize("side", [64, 96, 128, 256, 512, 768])
+@pytest.mark.parametrize("depth", ["quick", "full"])
+def test_plan_has_odd_latents_a_batch_and_both_kinds_of_guidance(side: int, depth: str) -> None:
+    requests = plan(facts(side), depth)
+    sizes = [(request.height, request.width) for request in requests]
+    assert (side, side) in sizes
+    odd = [(h, w) for h, w in sizes if (h // 8) % 2 and (w // 8) % 2]
+    assert len(odd) >= 3
+    assert max(max(size) for size in odd) < side
+    assert len(odd) > len(set(odd))  # two of one size: the runtime draws them in one batch
+    assert {request.guidance_scale > 1 for request in requests} == {True, False}
+    assert any(request.negative_prompt for request in requests)
+    assert len({request.seed for request in requests}) == len(requests)
+
+
+def test_pictures_are_diffusers_own(mini_checkpoint: Checkpoint, mini_reference: Reference) -> None:
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=mini_checkpoint.vae,
+        text_encoder=mini_checkpoint.text_encoder,
+        tokenizer=mini_checkpoint.tokenizer,
+        unet=mini_checkpoint.unet,
+        scheduler=diffusers.PNDMScheduler.from_config(mini_checkpoint.scheduler_config),  # pyright: ignore
+        safety_checker=None,  # pyright: ignore
+        feature_extractor=None,  # pyright: ignore
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    picture = mini_reference.pictures[1]
+    request = picture.request
+    result = pipeline(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="np",
+    )
+    np.testing.assert_allclose(picture.image, result.images[0], atol=1e-6)  # pyright: ignore - measured 6e-8
+    assert picture.image.std() > 0.1  # a picture, not a plain surface
+
+
+@torch.no_grad()
+def test_cases_are_calls_of_the_components(mini_checkpoint: Checkpoint, mini_reference: Reference) -> None:
+    for name, cases in mini_reference.cases.items():
+        module = wrap(mini_checkpoint, name)
+        for case in cases[:2]:
+            output = module(*(torch.from_numpy(array) for array in case.inputs.values())).numpy()
+            np.testing.assert_allclose(output, case.outputs[module.output], atol=1e-5)
+
+
+def test_cases_have_the_tensors_of_the_contract(mini_checkpoint: Checkpoint, mini_reference: Reference) -> None:
+    components = graphs.components(graphs.model_facts(mini_checkpoint), "fp32")
+    assert mini_reference.cases.keys() == components.keys()
+    for name, cases in mini_reference.cases.items():
+        for case in cases:
+            specs = {spec.name: spec for spec in (*components[name].inputs, *components[name].outputs)}
+            tensors = {**case.inputs, **case.outputs}
+            # In the contract's order: a wrapper is called by position.
+            assert list(case.inputs) == [spec.name for spec in components[name].inputs]
+            assert {tensor: str(array.dtype) for tensor, array in tensors.items()} == {
+                tensor: specs[tensor].dtype for tensor in tensors
+            }
+
+
+def test_unet_cases_cover_batches_timesteps_and_sizes_that_were_not_traced(mini_reference: Reference) -> None:
+    shapes = {case.inputs["sample"].shape for case in mini_reference.cases["unet"]}
+    assert {shape[0] for shape in shapes} == {1, 2, 3}
+    assert all(shape[2:] != (TRACED_SIZES["height"], TRACED_SIZES["width"]) for shape in shapes)
+    timesteps = {float(t) for case in mini_reference.cases["unet"] for t in case.inputs["timestep"]}
+    assert {751.0, 1.0} <= timesteps  # 4 steps of "leading" spacing: 751, 501, 501, 251, 1
+    assert any(not t.is_integer() for t in timesteps)
+
+
+def test_the_smallest_case_comes_first(mini_reference: Reference) -> None:
+    for cases in mini_reference.cases.values():
+        sizes = [sum(array.size for array in case.inputs.values()) for case in cases]
+        assert sizes == sorted(sizes)
+
+
+def test_the_unet_is_left_without_hooks(mini_checkpoint: Checkpoint) -> None:
+    model = graphs.model_facts(mini_checkpoint)
+    make_reference(mini_checkpoint, model, plan(model)[3:])
+    assert not mini_checkpoint.unet._forward_hooks
