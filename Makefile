@@ -56,7 +56,7 @@ $(DEV)/.ready: pyproject.toml constraints.txt
 $(NEWEST)/.ready: pyproject.toml constraints-newest.txt
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet $$(grep '^torch==' constraints-newest.txt)
-	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[export,training,evaluation]" pytest hypothesis
+	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[export,training,evaluation]" pytest hypothesis scipy
 	@touch $@
 
 clean:

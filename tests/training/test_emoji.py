@@ -103,6 +103,13 @@ def test_the_folder_holds_chosen_emoji_on_white_with_captions(tmp_path):
 
 
 @pytest.mark.usefixtures("fake_packages")
+def test_groups_are_left_out_on_request(tmp_path):
+    summary = emoji.build(tmp_path / "out", groups=("food-drink",), size=32)
+    assert {path.name for path in (tmp_path / "out").rglob("*.png")} == {"fluent-1f34e.png", "noto-1f34e.png"}
+    assert summary["groups"] == ["food-drink"]
+
+
+@pytest.mark.usefixtures("fake_packages")
 def test_a_concept_is_in_one_split_in_every_style(tmp_path):
     emoji.build(tmp_path / "out", size=32)
     homes = {path.parent.name for path in (tmp_path / "out").rglob("*1f34e.png")}

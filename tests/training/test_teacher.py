@@ -50,6 +50,28 @@ def test_a_denoiser_is_not_joined_to_an_autoencoder_it_was_not_trained_on(tmp_pa
         train_teacher(with_steps(mini_config, 8, None), mini_data, tmp_path, torch.device("cpu"))
 
 
+@pytest.mark.usefixtures("no_lpips")
+def test_training_goes_on_from_a_checkpoint_with_its_autoencoder_untouched(tmp_path, mini_data, mini_config):
+    first = train_teacher(mini_config, mini_data, tmp_path / "first", torch.device("cpu"), dtype=torch.float32)
+    config = replace(mini_config, unet=replace(mini_config.unet, learning_rate=1e-9))  # so small that nothing moves
+    second = train_teacher(
+        config, mini_data, tmp_path / "second", torch.device("cpu"), init=str(first), dtype=torch.float32
+    )
+    assert not (tmp_path / "second" / "vae").exists()
+    before, after = checkpoint.load(str(first)), checkpoint.load(str(second))
+    for part in ("vae", "unet", "text_encoder"):
+        for key, value in getattr(before, part).state_dict().items():
+            torch.testing.assert_close(getattr(after, part).state_dict()[key], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("no_lpips")
+def test_a_checkpoint_of_another_width_is_refused(tmp_path, mini_data, mini_config):
+    first = train_teacher(mini_config, mini_data, tmp_path / "first", torch.device("cpu"))
+    config = replace(mini_config, unet_channels=(8, 8, 16, 16))
+    with pytest.raises(ResumeError, match="does not fit this model"):
+        train_teacher(config, mini_data, tmp_path / "second", torch.device("cpu"), init=str(first))
+
+
 def test_data_without_a_licence_is_refused_before_anything_is_trained(tmp_path, mini_data, mini_config):
     shutil.copytree(mini_data, tmp_path / "data", ignore=lambda *_: ["LICENSE"])
     with pytest.raises(DataError, match="has no LICENSE"):

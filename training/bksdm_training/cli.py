@@ -22,18 +22,17 @@ def commands(verbose: bool) -> None:
 @commands.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--sources", default="fluent,noto", show_default=True, help="Which picture sets, comma-separated.")
+@click.option("--groups", help="Which kinds of things, comma-separated.  [default: all seven]")
 @click.option("--size", type=click.IntRange(32, 1024), default=256, show_default=True, help="Pixels, square.")
-def data(output: Path, sources: str, size: int) -> None:
+def data(output: Path, sources: str, groups: str | None, size: int) -> None:
     """Fetch the emoji pictures and captions by package name and write them as an image folder."""
     from bksdm.packages import PackageError
-    from bksdm_training.emoji import STYLES, build
+    from bksdm_training.emoji import GROUPS, STYLES, build
 
-    chosen = tuple(part.strip() for part in sources.split(","))
-    unknown = [part for part in chosen if part not in STYLES]
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is not a source: choose from {', '.join(STYLES)}")
+    chosen = _choices("--sources", sources, tuple(STYLES))
+    kinds = tuple(GROUPS) if groups is None else _choices("--groups", groups, tuple(GROUPS))
     try:
-        summary = build(output, sources=chosen, size=size)
+        summary = build(output, sources=chosen, groups=kinds, size=size)
     except (PackageError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{output}: {summary['counts']}")
@@ -43,11 +42,22 @@ def data(output: Path, sources: str, size: int) -> None:
 @click.option("--data", "folder", type=click.Path(path_type=Path), required=True, help="From bksdm-train data.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--preset", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--init",
+    metavar="CHECKPOINT",
+    help="Go on from this model: its autoencoder stays as it is, text encoder and U-Net are trained on.",
+)
 @click.option("--vae-steps", type=click.IntRange(1), help="Instead of the preset's.")
 @click.option("--unet-steps", type=click.IntRange(1), help="Instead of the preset's.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 def teacher(
-    folder: Path, output: Path, preset: str, vae_steps: int | None, unet_steps: int | None, threads: int | None
+    folder: Path,
+    output: Path,
+    preset: str,
+    init: str | None,
+    vae_steps: int | None,
+    unet_steps: int | None,
+    threads: int | None,
 ) -> None:
     """Train the demo teacher from scratch; run again after a kill to go on."""
     import torch
@@ -65,13 +75,22 @@ def teacher(
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if preset == "auto" else preset
     if kind == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("--preset cuda needs a CUDA device and torch sees none: use --preset cpu")
+    config = with_steps(PRESETS[kind], vae_steps, unet_steps)
     try:
-        made = train_teacher(with_steps(PRESETS[kind], vae_steps, unet_steps), folder, output, torch.device(kind))
+        made = train_teacher(config, folder, output, torch.device(kind), init=init)
     except (DataError, ResumeError, DivergedError, PackageError, CheckpointError, OSError) as error:
         raise click.ClickException(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise click.ClickException("the GPU is out of memory: free it or take --preset cpu") from error
     click.echo(made)
+
+
+def _choices(option: str, given: str, valid: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = tuple(part.strip() for part in given.split(","))
+    for part in chosen:
+        if part not in valid:
+            raise click.BadParameter(f"{part!r} is unknown: choose from {', '.join(valid)}", param_hint=option)
+    return chosen
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditi
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from bksdm.checkpoint import Checkpoint
 from bksdm_training import loop
 from bksdm_training.charts import save_grid
-from bksdm_training.checkpointing import digest
+from bksdm_training.checkpointing import digest, restore_module
 from bksdm_training.config import TeacherConfig
 from bksdm_training.data import Order, Pictures, encode, seeded, tokenize
 from bksdm_training.vae import encode_moments
@@ -86,10 +87,16 @@ def train_denoiser(
     folder: Path,
     device: torch.device,
     shown: Sequence[str],
+    begin: Checkpoint | None = None,
 ) -> Denoiser:
-    """Train (or go on training) the denoiser; `shown` are the captions of the sample grid at every checkpoint."""
+    """Train (or go on training) the denoiser; `shown` are the captions of the sample grid at every checkpoint.
+
+    begin: weights to start from instead of random ones. Raises ResumeError when they are of another shape."""
     torch.manual_seed(config.unet.seed)
     model = Denoiser(config, tokenizer).to(device)
+    if begin is not None:
+        restore_module(model.text_encoder, begin.text_encoder.state_dict())
+        restore_module(model.unet, begin.unet.state_dict())
     mean, std = (encode_moments(vae, pictures, device) * vae.config["scaling_factor"]).chunk(2, 1)
     tokens = tokenize(tokenizer, pictures.captions)
     order = Order(len(pictures), config.unet.batch_size, config.unet.seed)

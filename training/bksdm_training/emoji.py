@@ -30,7 +30,15 @@ from bksdm.packages import PACKAGES, fetch
 
 # emojibase groups with depictable things: smileys, people, animals, food, travel, activities, objects.
 # Left out: 2 components, 8 symbols (signs and letters), 9 flags (mixed provenance).
-GROUPS = (0, 1, 3, 4, 5, 6, 7)
+GROUPS = {
+    "smileys-emotion": 0,
+    "people-body": 1,
+    "animals-nature": 3,
+    "food-drink": 4,
+    "travel-places": 5,
+    "activities": 6,
+    "objects": 7,
+}
 STYLES = {"fluent": "3d", "noto": "flat"}
 UNSEEN_SHARE = 0.05  # of concepts
 
@@ -81,15 +89,23 @@ def with_article(name: str) -> str:
     return name if plural else ("an " if vowel else "a ") + name
 
 
-def build(output: Path, *, sources: tuple[str, ...] = ("fluent", "noto"), size: int = 256) -> dict[str, object]:
+def build(
+    output: Path,
+    *,
+    sources: tuple[str, ...] = tuple(STYLES),
+    groups: tuple[str, ...] = tuple(GROUPS),
+    size: int = 256,
+) -> dict[str, object]:
     """Write the image folder at `size` px (square) and return the contents of dataset.json.
+
+    sources: keys of STYLES; groups: keys of GROUPS.
 
     The folder appears whole or not at all. Raises PackageError, and FileExistsError when `output` exists."""
     if output.exists():
         raise FileExistsError(f"{output} exists: remove it or choose another folder")
     output.parent.mkdir(parents=True, exist_ok=True)
-    concepts = list(read_concepts())
-    summary: dict[str, object] = {"size": size, "unseen_share": UNSEEN_SHARE, "sources": {}}
+    concepts = list(read_concepts(groups))
+    summary: dict[str, object] = {"size": size, "unseen_share": UNSEEN_SHARE, "groups": list(groups)}
     staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
     try:
         rows: dict[str, list[Example]] = {"train": [], "unseen": []}
@@ -130,12 +146,13 @@ def licence_notice(sources: tuple[str, ...]) -> str:
     return f"\n{'-' * 80}\n\n".join(parts)
 
 
-def read_concepts() -> Iterator[Emoji]:
+def read_concepts(groups: tuple[str, ...] = tuple(GROUPS)) -> Iterator[Emoji]:
     """The base emoji (no skin tones) of the chosen groups, from emojibase."""
+    wanted = {GROUPS[group] for group in groups}
     with tarfile.open(fetch("emojibase-data")) as archive:
         rows = json.load(_member(archive, "package/en/data.json"))
     for row in rows:
-        if row.get("group") in GROUPS:
+        if row.get("group") in wanted:
             # straight apostrophes, as people type them
             yield Emoji(row["label"].lower().replace("\u2019", "'"), tuple(row.get("tags", ())), _key(row["hexcode"]))
 

@@ -26,20 +26,28 @@ SHOWN = 32  # captions in a sample grid
 
 
 def train_teacher(
-    config: TeacherConfig, data: Path, output: Path, device: torch.device, *, dtype: torch.dtype = torch.float16
+    config: TeacherConfig,
+    data: Path,
+    output: Path,
+    device: torch.device,
+    *,
+    init: str | None = None,
+    dtype: torch.dtype = torch.float16,
 ) -> Path:
     """Train the demo teacher on an image folder with `train` and `unseen` splits; returns the checkpoint's folder.
 
-    Goes on from what `output` holds of an earlier run with the same settings and data.
+    init: a checkpoint to begin from; its autoencoder is kept as it is. Goes on from what `output` holds of an
+    earlier run with the same settings and data.
     Raises DataError, ResumeError (other settings), DivergedError, PackageError, CheckpointError."""
     about, licence = _describe(data)
     _same_run(config, about, output)
     pictures, unseen = read_folder(data / "train", config.size), read_folder(data / "unseen", config.size)
     tokenizer = checkpoint.tokenizer()
 
-    vae = train_vae(pictures, config, output / "vae", device)
+    begin = checkpoint.load(init) if init else None
+    vae = begin.vae.to(device) if begin else train_vae(pictures, config, output / "vae", device)
     shown = _spread([texts[0] for texts in pictures.captions], SHOWN)
-    model = train_denoiser(pictures, vae, tokenizer, config, output / "unet", device, shown)
+    model = train_denoiser(pictures, vae, tokenizer, config, output / "unet", device, shown, begin)
 
     folder = output / "checkpoint"
     checkpoint.save(
@@ -67,6 +75,7 @@ def train_teacher(
         "pictures": {"train": len(pictures), "unseen": len(unseen)},
         "vae_psnr_db": {"train": psnr(vae, pictures, device), "unseen": psnr(vae, unseen, device)},
         "scaling_factor": vae.config["scaling_factor"],
+        "init": None if begin is None else begin.source,
         "seconds": {stage: _seconds(output / stage) for stage in ("vae", "unet")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
@@ -88,7 +97,8 @@ def _draw(
         pictures = sample(model, vae, tokenizer, captions, device=device)
         save_grid(pictures, output / f"samples-{split}.png", columns=8, captions=captions)
     for stage in ("vae", "unet"):
-        save_curve(loop.read_log(output / stage), output / f"loss-{stage}.png", title=f"demo teacher: {stage}")
+        if rows := loop.read_log(output / stage):
+            save_curve(rows, output / f"loss-{stage}.png", title=f"demo teacher: {stage}")
 
 
 def _spread(items: list[str], count: int) -> list[str]:
