@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,11 @@ class Target:
     exact: bool
 
     def free_path(self) -> Path:
-        """The path itself when exact, otherwise the first of name.png, name-1.png, ... that does not exist."""
-        return self.path if self.exact else _first_free(self.path, frozenset())
+        """The path itself when exact, otherwise the first of name.png, name-1.png, ... that does not exist.
+
+        Raises NamingError when the file system cannot say.
+        """
+        return self.path if self.exact else _first_free(self.path, frozenset(), 0)[0]
 
 
 def targets(output: str | None, requests: Sequence[Request]) -> list[Target]:
@@ -41,6 +44,7 @@ def targets(output: str | None, requests: Sequence[Request]) -> list[Target]:
     template, exact = _template(output, len(requests))
     chosen: list[Target] = []
     taken: set[Path] = set()
+    last: dict[Path, int] = {}  # where the search for a name ended: the next one of that name goes on from there
     for index, request in enumerate(requests):
         values: dict[str, str | int] = {
             "index": index,
@@ -49,7 +53,11 @@ def targets(output: str | None, requests: Sequence[Request]) -> list[Target]:
             "seed": request.seed,
         }
         path = Path(_fill(template, values))
-        path = path if exact else _first_free(path, taken)
+        if exact:
+            _exists(path)  # a name that the file system does not take is known before the work
+        else:
+            wanted = path
+            path, last[wanted] = _first_free(wanted, taken, last.get(wanted, 0))
         taken.add(path)
         chosen.append(Target(path, exact))
     return chosen
@@ -67,12 +75,16 @@ def _template(output: str | None, count: int) -> tuple[str, bool]:
         return f"{DEFAULT_TEMPLATE}.png", False
     if output == "" or "\0" in output:
         raise NamingError("-o must name a picture or a folder")
-    if output.endswith(("/", "\\")) or Path(output).is_dir():
+    if output == "-":
+        raise NamingError("-o - is not taken, for stdout carries the paths of the pictures: name a file or a folder")
+    if output.endswith(("/", "\\")) or _is_folder(Path(output)):
         return str(Path(output) / f"{DEFAULT_TEMPLATE}.png"), False
     if "{" in output or "}" in output:
         for place in _PLACE.findall(output):
             if place[0] not in _PLACES:
                 raise NamingError(f"-o has {{{place[0]}}}, known are {', '.join(f'{{{name}}}' for name in _PLACES)}")
+            if place[0] == "prompt" and place[1]:
+                raise NamingError("-o has a width for {prompt}: only the numbers {index} {n} {seed} take one")
         if set(_PLACE.sub("", output)) & set("{}"):
             raise NamingError(f"-o has a brace without its partner: {output}")
         return _png(output), False
@@ -100,9 +112,26 @@ def _fill(template: str, values: dict[str, str | int]) -> str:
     return _PLACE.sub(value, template)
 
 
-def _first_free(path: Path, taken: set[Path] | frozenset[Path]) -> Path:
-    candidate, number = path, 0
-    while candidate in taken or candidate.exists():
+def _first_free(path: Path, taken: Set[Path], number: int) -> tuple[Path, int]:
+    """The first of name-number.png, name-(number + 1).png, ... that is free, and its number (0: name.png)."""
+    while True:
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}") if number else path
+        if candidate not in taken and not _exists(candidate):
+            return candidate, number
         number += 1
-        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return candidate
+
+
+def _exists(path: Path) -> bool:
+    """Whether anything is at the path. Raises NamingError on a path that the file system does not take."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # too long, or in a folder that may not be looked into
+        shown = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}..."
+        raise NamingError(f"-o {ascii(shown)[1:-1]}: {error.strerror or error}") from None
+    return True
+
+
+def _is_folder(path: Path) -> bool:
+    return _exists(path) and path.is_dir()

@@ -74,11 +74,36 @@ def test_a_file_that_appears_meanwhile_is_kept() -> None:
         ("{index", "without its partner"),
         ("", "must name a picture or a folder"),
         ("a\0b", "must name a picture or a folder"),
+        ("-", "-o - is not taken, for stdout carries the paths"),
+        ("{prompt:20}.png", r"a width for \{prompt\}: only the numbers"),
+        ("x" * 300, r"^-o x{100}\.\.\.: File name too long$"),
+        ("x" * 300 + "{index}", r"^-o x{100}\.\.\.: File name too long$"),
+        ("x" * 300 + "/", r"^-o x{100}\.\.\.: File name too long$"),
     ],
 )
 def test_a_wrong_output_is_one_sentence(output: str, match: str) -> None:
     with pytest.raises(NamingError, match=match):
         targets(output, [APPLE])
+
+
+@pytest.mark.parametrize("there", [0, 500])
+def test_a_thousand_pictures_of_one_prompt_do_not_ask_for_a_name_half_a_million_times(
+    there: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    real = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        asked.append(path)
+        return real(path)
+
+    for number in range(there):
+        Path(f"a-red-apple-{number}.png" if number else "a-red-apple.png").touch()
+    monkeypatch.setattr(Path, "lstat", lstat)
+    found = names("{prompt}.png", *[APPLE] * 1000)
+    assert len(set(found)) == 1000
+    assert found[-1] == f"a-red-apple-{999 + there}.png"
+    assert len(asked) <= 1010 + there
 
 
 @pytest.mark.parametrize(
