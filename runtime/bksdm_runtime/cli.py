@@ -21,13 +21,30 @@ _FROM_PNG_TAKES = ("from_png", "bundle", "output", "backend", "threads", "verbos
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
+class _StdoutError(Exception):
+    """Standard output cannot be written; the cause is the OSError."""
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except OSError as error:
+        raise _StdoutError from error
+
+
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        click.echo(f"{_PROGRAM} {version()}")
+        _print(f"{_PROGRAM} {version()}")
         context.exit()
 
 
-@click.command(context_settings={"max_content_width": 110})
+def _print_help(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        _print(context.get_help())
+        context.exit()
+
+
+@click.command(context_settings={"max_content_width": 110}, add_help_option=False)
 @click.argument("words", metavar="[PROMPT]", nargs=-1)
 @click.option("--prompts-file", metavar="FILE", help="One prompt a line ('-' reads them from stdin).")
 @click.option(
@@ -77,6 +94,15 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="[default: one for each physical core]")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
+@click.option(
+    "-h",
+    "--help",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_help,
+    help="Show this message and exit.",
+)
 @click.pass_context
 def command(
     context: click.Context,
@@ -146,7 +172,7 @@ def command(
             order = Order(requests, bundle, output, backend, threads, batch_size)
         with closing(make(order)) as paths:
             for path in paths:
-                click.echo(str(path))
+                _print(str(path))
     except USER_ERRORS as error:
         click.echo(f"{_PROGRAM}: {error}", err=True)
         return 2 if isinstance(error, (MissingBackend, *MISUSE)) else 1
@@ -167,9 +193,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:
         click.echo(f"{_PROGRAM}: interrupted", err=True)
         return _INTERRUPTED
-    except OSError as error:  # pictures have their own errors: this is stdout
-        if not isinstance(error, BrokenPipeError):  # a reader that is gone has all that it wanted
-            click.echo(f"{_PROGRAM}: stdout cannot be written: {error.strerror}", err=True)
+    except _StdoutError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, BrokenPipeError):  # a reader that is gone had enough
+            click.echo(f"{_PROGRAM}: stdout cannot be written: {cause.strerror}", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's last flush must not complain again
         return 1
 

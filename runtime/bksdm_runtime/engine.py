@@ -35,6 +35,11 @@ class Engine(Protocol):
     @property
     def component(self) -> Component: ...
 
+    @property
+    def threads(self) -> int:
+        """How many it uses, whoever chose them: another number may round differently."""
+        ...
+
     def __call__(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]: ...
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,9 +17,9 @@ from bksdm_runtime.request import Request, RequestError
 
 # How the common image tools name our samplers in a `parameters` chunk.
 _TOOL_NAMES = {"pndm": "PLMS", "ddim": "DDIM", "euler": "Euler", "dpmsolver++": "DPM++ 2M"}
-MAX_BATCH = 1024  # far past what any memory holds; a damaged picture must not ask for more
-# Everything that Pillow raises on a file that is not, or only half, a picture.
-_BROKEN_PICTURE = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+# Far past what any memory holds and any processor has; a damaged picture must not ask for more.
+MAX_BATCH = 1024
+MAX_THREADS = 4096
 
 
 class ImageError(Exception):
@@ -32,8 +31,8 @@ class Provenance:
     """What made a picture, besides its request.
 
     bundle: the bundle's hash (see bundle.Bundle.sha256); init_image: SHA-256 of the init image's file, "" without.
-    batch_size, batch_index, threads: a backend may round differently in another batch or on other threads (None: its
-    own choice), so they belong to what makes the same picture again bit for bit.
+    batch_size, batch_index, threads: a backend may round differently in another batch or on another number of threads,
+    so they belong to what makes the same picture again bit for bit.
     """
 
     bundle: str
@@ -43,7 +42,7 @@ class Provenance:
     version: str
     batch_size: int = 1
     batch_index: int = 0
-    threads: int | None = None
+    threads: int = 1
     init_image: str = ""
 
 
@@ -58,24 +57,42 @@ def to_uint8(decoded: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def from_image(image: Image.Image, height: int, width: int) -> NDArray[np.float32]:
-    """A picture -> [1, 3, height, width] float32 in [-1, 1], resized as diffusers' VaeImageProcessor does (Lanczos)."""
-    upright = ImageOps.exif_transpose(image).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    levels = np.asarray(upright, dtype=np.float32)  # [H, W, 3]
+    """A picture -> [1, 3, height, width] float32 in [-1, 1], resized as diffusers' VaeImageProcessor does (Lanczos).
+
+    Raises ImageError, as to_rgb does.
+    """
+    resized = to_rgb(image).resize((width, height), Image.Resampling.LANCZOS)
+    levels = np.asarray(resized, dtype=np.float32)  # [H, W, 3]
     symmetric = (levels / np.float32(255) * np.float32(2) - np.float32(1)).astype(np.float32)
     return np.moveaxis(symmetric, 2, 0)[None]
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB: upright, 16-bit greys rescaled, transparency over white.
+
+    Raises ImageError on floating-point pictures and on integers past 16 bits, whose white nobody knows.
+    """
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "F":
+        raise ImageError("the init image has floating-point pixels, of unknown range: save it with 8 or 16 bits")
+    try:
+        if upright.mode.startswith("I"):
+            return _from_grey16(upright)
+        if not upright.has_transparency_data:
+            return upright.convert("RGB")
+        layer = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    except ValueError as error:  # Pillow knows no way from, say, LAB
+        raise ImageError(f"the init image cannot be turned to RGB: {_first_line(error)}") from None
+
+
 def open_image(path: Path) -> Image.Image:
     """Read any picture that Pillow reads, whole. Raises ImageError."""
-    try:
+    with _decoding(path):
         image = Image.open(path)
         with image:
             image.load()
         return image
-    except FileNotFoundError:
-        raise ImageError(f"there is no picture {path}") from None
-    except _BROKEN_PICTURE as error:
-        raise ImageError(f"{path} cannot be read as a picture: {_first_line(error)}") from None
 
 
 def save_png(path: Path, pixels: NDArray[np.uint8], request: Request, provenance: Provenance) -> None:
@@ -101,15 +118,11 @@ def save_png(path: Path, pixels: NDArray[np.uint8], request: Request, provenance
 
 def read_request(path: Path) -> tuple[Request, Provenance]:
     """The request and the provenance that save_png wrote. Raises ImageError when there are none, or damaged ones."""
-    try:
+    with _decoding(path):
         image = Image.open(path)
         with image:
             information = cast("dict[object, object]", image.info)
         texts = {str(name): str(text) for name, text in information.items() if isinstance(text, str)}
-    except FileNotFoundError:
-        raise ImageError(f"there is no picture {path}") from None
-    except _BROKEN_PICTURE as error:
-        raise ImageError(f"{path} cannot be read as a picture: {_first_line(error)}") from None
     if not texts.get("Software", "").startswith("bksdm ") or "bundle" not in texts:
         raise ImageError(f"{path} does not say how it was made: only a PNG written by bksdm-run does")
     try:
@@ -134,10 +147,11 @@ def read_request(path: Path) -> tuple[Request, Provenance]:
             version=texts["Software"].removeprefix("bksdm "),
             batch_size=int(texts["batch_size"]),
             batch_index=int(texts["batch_index"]),
-            threads=int(texts["threads"]) if texts["threads"] != "auto" else None,
+            threads=int(texts["threads"]),
             init_image=texts.get("init_image_sha256", ""),
         )
-        if not 0 <= provenance.batch_index < provenance.batch_size <= MAX_BATCH or provenance.threads == 0:
+        possible = 0 <= provenance.batch_index < provenance.batch_size <= MAX_BATCH
+        if not possible or not 1 <= provenance.threads <= MAX_THREADS:
             raise ValueError("its batch or its threads make no sense")
     except KeyError as error:
         raise ImageError(f"{path} does not say how it was made: its {error.args[0]} is missing") from None
@@ -165,7 +179,7 @@ def _texts(request: Request, provenance: Provenance, height: int, width: int) ->
         "precision": provenance.precision,
         "batch_size": str(provenance.batch_size),
         "batch_index": str(provenance.batch_index),
-        "threads": "auto" if provenance.threads is None else str(provenance.threads),
+        "threads": str(provenance.threads),
         "Software": f"bksdm {provenance.version}",
     }
     if isinstance(request.init_image, Path):
@@ -195,6 +209,33 @@ def _parameters(request: Request, provenance: Provenance, height: int, width: in
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def _from_grey16(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image)  # [H, W] uint16 or int32
+    if levels.size and not 0 <= levels.min() <= levels.max() <= 65535:
+        raise ImageError(
+            f"the init image has levels from {levels.min()} to {levels.max()}: save it with 8 or 16 bits, 0 to 65535"
+        )
+    grey = np.rint(levels / 257).astype(np.uint8)  # 65535 / 255
+    transparent = cast("dict[object, object]", image.info).get("transparency")
+    if isinstance(transparent, int):
+        grey[levels == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+@contextmanager
+def _decoding(path: Path) -> Generator[None, None, None]:
+    """Whatever a decoder raises on a file that is not, or only half, a picture becomes ImageError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"there is no picture {path}") from None
+    except Exception as error:  # Pillow's own, zlib's, struct's, and those of plugins: AVIF raises RuntimeError
+        reason = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
+        raise ImageError(f"{path} cannot be read as a picture: {reason}") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,19 +14,19 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from bksdm_runtime import bundle as bundles
-from bksdm_runtime.bundle import Bundle, BundleError
+from bksdm_runtime.bundle import BundleError
 from bksdm_runtime.engine import EngineError
 from bksdm_runtime.image import ImageError, Provenance, read_request, save_png
 from bksdm_runtime.naming import NamingError, targets
-from bksdm_runtime.pipeline import Images, Pipeline, Step
+from bksdm_runtime.pipeline import Images, Pipeline, Step, check
 from bksdm_runtime.request import Request, RequestError
-from bksdm_runtime.schedule import ScheduleError
+from bksdm_runtime.schedule import ScheduleError, StepsError
 from bksdm_runtime.tokenizer import TokenizerError
 from bksdm_runtime.version import version
 
 # What a user can cause: each message is one sentence, and no traceback belongs to it.
 USER_ERRORS = (BundleError, EngineError, ImageError, NamingError, RequestError, ScheduleError, TokenizerError)
-MISUSE = (NamingError, RequestError)
+MISUSE = (NamingError, RequestError, StepsError)
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +92,18 @@ def make(order: Order) -> Generator[Path, None, None]:
         log.warning("%s (%d x %d pixels); --bundle or $BKSDM_BUNDLE picks another", notice, model.width, model.height)
     kept = range(len(order.requests)) if order.keep is None else (order.keep,)
     places = dict(zip(kept, targets(order.output, [order.requests[i] for i in kept]), strict=True))
-    for folder_of_pictures in {place.path.parent for place in places.values()}:
-        _prepare(folder_of_pictures)
+    # All that can be refused is refused before the engines open and before anything is written.
+    batches, _ = check(bundle, order.requests, batch_size=order.batch_size)
+    evaluations = len(batches[0].schedule.timesteps)  # the same for all of an order
+    folders = {place.path.parent for place in places.values()}
+    for folder_of_pictures in folders:
+        _refuse_unwritable(folder_of_pictures)
     pipeline = Pipeline.open(bundle, backend=order.backend, threads=order.threads)
     log.info("%s (%s, %s) on %s", folder, bundle.manifest.variant, bundle.manifest.precision, pipeline.backend)
     hashes = _init_image_hashes(order.requests)
+    for folder_of_pictures in folders:
+        _make_folder(folder_of_pictures)
     count = len(kept)
-    evaluations = pipeline.evaluations(order.requests[0])  # the same for all of an order
     done, batch_end = 0, 0
     # Open before the first evaluation is done: at full size on a CPU that takes seconds.
     bar = _bar(evaluations, _title(1, 1, count))
@@ -115,7 +120,7 @@ def make(order: Order) -> Generator[Path, None, None]:
                     bar.set_postfix_str("", refresh=False)
                     bar.close()
                     path = places[item.positions[0]].free_path()
-                    _save(path, item, bundle, pipeline.backend, order.threads, hashes)
+                    _save(path, item, pipeline, hashes)
                     done += 1
                     yield path
                     if done == count:
@@ -138,14 +143,20 @@ def find_bundle(folder: Path | None) -> tuple[Path, str]:
         raise BundleError(f"no --bundle given, $BKSDM_BUNDLE is not set, and {error}") from None
 
 
-def _prepare(folder: Path) -> None:
-    """Make the folder of a picture, and notice before minutes of work that it cannot be written."""
+def _refuse_unwritable(folder: Path) -> None:
+    """Notice before minutes of work that a folder of pictures cannot be made or written; make nothing yet."""
+    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), Path())
+    if not there.is_dir():
+        raise ImageError(f"folder {folder} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ImageError(f"folder {folder} cannot be written: Permission denied")
+
+
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ImageError(f"folder {folder} cannot be made: {error.strerror or error}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ImageError(f"folder {folder} cannot be written: Permission denied")
 
 
 def _init_image_hashes(requests: Sequence[Request]) -> dict[Path, str]:
@@ -153,22 +164,21 @@ def _init_image_hashes(requests: Sequence[Request]) -> dict[Path, str]:
     try:
         return {path: bundles.file_sha256(path) for path in paths}
     except OSError as error:
-        raise ImageError(f"the init image cannot be read: {error}") from None
+        raise ImageError(f"the init image {error.filename} cannot be read: {error.strerror}") from None
 
 
-def _save(
-    path: Path, item: Images, bundle: Bundle, backend: str, threads: int | None, hashes: Mapping[Path, str]
-) -> None:
+def _save(path: Path, item: Images, pipeline: Pipeline, hashes: Mapping[Path, str]) -> None:
     [request], [pixels], [batch_index] = item.requests, item.pixels, item.batch_indices
+    manifest = pipeline.bundle.manifest
     provenance = Provenance(
-        bundle=bundle.sha256,
-        variant=bundle.manifest.variant,
-        backend=backend,
-        precision=bundle.manifest.precision,
+        bundle=pipeline.bundle.sha256,
+        variant=manifest.variant,
+        backend=pipeline.backend,
+        precision=manifest.precision,
         version=version(),
         batch_size=item.batch_size,
         batch_index=batch_index,
-        threads=threads,
+        threads=pipeline.threads,
         init_image=hashes[request.init_image] if isinstance(request.init_image, Path) else "",
     )
     save_png(path, pixels, request, provenance)

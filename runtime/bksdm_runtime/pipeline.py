@@ -17,7 +17,7 @@ from bksdm_runtime import bundle as bundles
 from bksdm_runtime.batches import MEMORY_BUDGET, Batch, plan
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.engine import Engine, EngineError, open_engine, resolve_backend
-from bksdm_runtime.image import from_image, open_image, to_uint8
+from bksdm_runtime.image import from_image, open_image, to_rgb, to_uint8
 from bksdm_runtime.noise import Generator as NoiseGenerator
 from bksdm_runtime.noise import open_generator
 from bksdm_runtime.request import Request, RequestError, check_size
@@ -102,15 +102,55 @@ def sample(
         yield float(timestep), x
 
 
+def check(
+    bundle: Bundle, requests: Sequence[Request], *, batch_size: int | None = None, memory_budget: int = MEMORY_BUDGET
+) -> tuple[list[Batch], dict[Path, Image.Image]]:
+    """The batches that the requests make and the init images that they name, as `generate` will run them.
+
+    Everything that can be refused is refused here, which needs no engine. Raises RequestError, ScheduleError,
+    ImageError.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise RequestError(f"batch_size must be at least 1, found {batch_size}")
+    resolved = [_resolve(bundle, request) for request in requests]
+    model = bundle.manifest.model
+    batches = plan(resolved, bundle.scheduler_config, model.vae_scale_factor, batch_size, memory_budget)
+    pictures: dict[Path, Image.Image] = {}
+    for request in resolved:
+        image = request.init_image
+        if isinstance(image, Path) and image not in pictures:
+            pictures[image] = to_rgb(open_image(image))
+        elif isinstance(image, Image.Image):
+            to_rgb(image)
+    return batches, pictures
+
+
+def _resolve(bundle: Bundle, request: Request) -> Request:
+    """The request with its size filled in, checked against what the bundle can do."""
+    model = bundle.manifest.model
+    height = model.height if request.height is None else request.height
+    width = model.width if request.width is None else request.width
+    check_size("height", height, model.size_multiple)
+    check_size("width", width, model.size_multiple)
+    if request.init_image is not None and "vae_encoder" not in bundle.manifest.components:
+        raise RequestError(
+            "this bundle has no VAE encoder, so it cannot start from a picture: export it again with one"
+        )
+    return replace(request, height=height, width=width)
+
+
 class Pipeline:
-    """A bundle opened on a backend. Not thread-safe; opens the VAE encoder when the first init image comes."""
+    """A bundle opened on a backend that uses `threads` threads.
+
+    Not thread-safe; opens the VAE encoder when the first init image comes.
+    """
 
     def __init__(
-        self, bundle: Bundle, backend: str, threads: int | None, tokenizer: Tokenizer, engines: Mapping[str, Engine]
+        self, bundle: Bundle, backend: str, threads: int, tokenizer: Tokenizer, engines: Mapping[str, Engine]
     ) -> None:
         self.bundle = bundle
         self.backend = backend
-        self._threads = threads
+        self.threads = threads
         self._tokenizer = tokenizer
         self._engines = dict(engines)
 
@@ -127,7 +167,7 @@ class Pipeline:
             for component in ("text_encoder", "unet", "vae_decoder")
         }
         tokenizer = Tokenizer.open(opened.root / bundles.TOKENIZER_FOLDER)
-        return cls(opened, name, threads, tokenizer, engines)
+        return cls(opened, name, engines["unet"].threads, tokenizer, engines)
 
     def generate(
         self, requests: Sequence[Request], *, batch_size: int | None = None, memory_budget: int = MEMORY_BUDGET
@@ -139,23 +179,8 @@ class Pipeline:
         Everything is checked before this returns, nothing is computed until the first item is asked for.
         Raises RequestError, ScheduleError, ImageError; while running EngineError.
         """
-        if batch_size is not None and batch_size < 1:
-            raise RequestError(f"batch_size must be at least 1, found {batch_size}")
-        resolved = [self._resolve(request) for request in requests]
-        pictures = {
-            request.init_image: open_image(request.init_image)
-            for request in resolved
-            if isinstance(request.init_image, Path)
-        }
-        factor = self.bundle.manifest.model.vae_scale_factor
-        batches = plan(resolved, self.bundle.scheduler_config, factor, batch_size, memory_budget)
+        batches, pictures = check(self.bundle, requests, batch_size=batch_size, memory_budget=memory_budget)
         return self._generate(batches, pictures)
-
-    def evaluations(self, request: Request) -> int:
-        """How many steps `generate` takes for this request. Raises ScheduleError."""
-        factor = self.bundle.manifest.model.vae_scale_factor
-        [batch] = plan([self._resolve(request)], self.bundle.scheduler_config, factor, 1, MEMORY_BUDGET)
-        return len(batch.schedule.timesteps)
 
     def encode_text(self, prompt: str) -> Array:
         """Context of one prompt, [77, D]. What does not fit 77 tokens is dropped, and said so in the log."""
@@ -180,7 +205,7 @@ class Pipeline:
         """A picture, resized -> latents [C, h, w] drawn from the VAE's posterior, as diffusers' image-to-image does."""
         if "vae_encoder" not in self._engines:
             self._engines["vae_encoder"] = open_engine(
-                self.bundle, "vae_encoder", backend=self.backend, threads=self._threads
+                self.bundle, "vae_encoder", backend=self.backend, threads=self.threads
             )
         parameters = _run(self._engines["vae_encoder"], "latent_parameters", sample=from_image(image, height, width))[0]
         mean, log_variance = np.split(parameters, 2)  # [C, h, w] each
@@ -189,19 +214,6 @@ class Pipeline:
         deviation = np.exp(bounded * np.float32(0.5))
         latents = mean + deviation * generator.randn(mean.shape)
         return latents * np.float32(self.bundle.manifest.model.scaling_factor)
-
-    def _resolve(self, request: Request) -> Request:
-        """The request with its size filled in, checked against what this bundle can do."""
-        model = self.bundle.manifest.model
-        height = model.height if request.height is None else request.height
-        width = model.width if request.width is None else request.width
-        check_size("height", height, model.size_multiple)
-        check_size("width", width, model.size_multiple)
-        if request.init_image is not None and "vae_encoder" not in self.bundle.manifest.components:
-            raise RequestError(
-                "this bundle has no VAE encoder, so it cannot start from a picture: export it again with one"
-            )
-        return replace(request, height=height, width=width)
 
     def _generate(
         self, batches: Sequence[Batch], pictures: Mapping[Path, Image.Image]

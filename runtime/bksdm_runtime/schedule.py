@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bksdm_runtime.scheduler_settings import SAMPLERS, ScheduleError, Settings, read_settings
+from bksdm_runtime.scheduler_settings import SAMPLERS, ScheduleError, Settings, StepsError, read_settings
 
-__all__ = ["SAMPLERS", "Schedule", "ScheduleError", "make_schedule"]
+__all__ = ["SAMPLERS", "Schedule", "ScheduleError", "StepsError", "make_schedule"]
 
 Array = NDArray[np.float64]
 
@@ -52,31 +52,54 @@ def make_schedule(
     is what `OtherScheduler.from_config(config)` makes of it.
     strength: None for text-to-image; for image-to-image the share (0, 1] of the steps that are run, as in
     diffusers' StableDiffusionImg2ImgPipeline: at 1 all of them, still starting from the noised picture.
-    Raises ScheduleError.
+    Raises ScheduleError, and StepsError when other steps or another strength would do.
     """
     settings = read_settings(config, sampler)
     trained = len(settings.alphas_cumprod)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= trained:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ScheduleError(f"{steps!r} steps: choose 1 to {trained}, the timesteps that the model was trained on")
+        raise StepsError(f"{steps!r} steps: choose 1 to {trained}, the timesteps that the model was trained on")
     begin = 0 if strength is None else _first_step(steps, strength)
     tables = {"pndm": _pndm, "ddim": _ddim, "euler": _euler, "dpmsolver++": _dpmsolver}
     with np.errstate(all="ignore"):  # what does not come out finite is refused below
-        schedule = tables[sampler](settings, steps, begin, strength is not None)
+        try:
+            schedule = tables[sampler](settings, steps, begin, strength is not None)
+        except _BeyondTrainingError:
+            raise _too_many(settings, sampler, steps) from None
     arrays = (schedule.timesteps, schedule.input_scale, schedule.keep, schedule.a, schedule.b, schedule.initial)
     if not all(np.all(np.isfinite(array)) for array in arrays):
-        raise ScheduleError(
+        raise StepsError(
             f"{steps} {sampler} steps with {settings.timestep_spacing} spacing and offset {settings.steps_offset}"
             " repeat a noise level, which this sampler cannot: choose another number of steps"
         )
     return schedule
 
 
+class _BeyondTrainingError(Exception):
+    """A timestep lies past the end of alphas_cumprod."""
+
+
+def _too_many(settings: Settings, sampler: str, steps: int) -> ScheduleError:
+    """What to say when the offset pushes the first timestep past the end: which steps do not."""
+    trained = len(settings.alphas_cumprod)
+    usable = [count for count in range(1, trained + 1) if _rounded_timesteps(settings, count)[0] < trained]
+    if not usable:
+        return ScheduleError(
+            f"scheduler setting 'steps_offset' {settings.steps_offset} is past the {trained} timesteps"
+        )
+    range_of_them = len(usable) == usable[-1]
+    advice = f"1 to {usable[-1]}" if range_of_them else f"{min(usable, key=lambda count: abs(count - steps))}"
+    return StepsError(
+        f"{steps} {sampler} steps from the offset {settings.steps_offset} start beyond the {trained} timesteps that"
+        f" the model was trained on: choose {advice}"
+    )
+
+
 def _first_step(steps: int, strength: float) -> int:
     if not 0 < strength <= 1:
-        raise ScheduleError(f"strength {strength!r}: choose more than 0, at most 1")
+        raise StepsError(f"strength {strength!r}: choose more than 0, at most 1")
     run = min(int(steps * strength), steps)
     if run == 0:
-        raise ScheduleError(f"strength {strength} of {steps} steps leaves none to run: choose at least {1 / steps:.3g}")
+        raise StepsError(f"strength {strength} of {steps} steps leaves none to run: choose at least {1 / steps:.3g}")
     return steps - run
 
 
@@ -226,10 +249,7 @@ def _alpha(settings: Settings, timestep: int, *, last: bool = False) -> float:
     if last and timestep < 0:
         return 1.0 if settings.set_alpha_to_one else float(settings.alphas_cumprod[0])
     if timestep >= len(settings.alphas_cumprod):
-        raise ScheduleError(
-            f"timestep {timestep} lies beyond the {len(settings.alphas_cumprod)} that the model was trained on:"
-            f" 'steps_offset' {settings.steps_offset} is too large for this number of steps"
-        )
+        raise _BeyondTrainingError
     return float(settings.alphas_cumprod[timestep])  # -1 (trailing spacing) wraps around, as in diffusers
 
 

@@ -21,6 +21,10 @@ class ScheduleError(ValueError):
     """A sampler, step count, strength or scheduler setting that cannot be used; the message says which and why."""
 
 
+class StepsError(ScheduleError):
+    """The number of steps or the strength that was asked for cannot be used; the message says what can."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of one sampler, checked.
@@ -119,9 +123,30 @@ _IGNORED = frozenset(
 
 
 def read_settings(config: Mapping[str, object], sampler: str) -> Settings:
-    """Read the settings of a sampler from the content of a scheduler_config.json; raises ScheduleError."""
+    """Read the settings of a sampler from the content of a scheduler_config.json.
+
+    Raises ScheduleError, which names the samplers that can use the file when this one cannot.
+    """
     if sampler not in _DEFAULTS:
         raise ScheduleError(f"there is no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    try:
+        return _read(config, sampler)
+    except ScheduleError as error:
+        others = [other for other in SAMPLERS if other != sampler and _can_read(config, other)]
+        if not others:
+            raise
+        raise ScheduleError(f"{error}; the sampler {' or '.join(others)} can be used") from None
+
+
+def _can_read(config: Mapping[str, object], sampler: str) -> bool:
+    try:
+        _read(config, sampler)
+    except ScheduleError:
+        return False
+    return True
+
+
+def _read(config: Mapping[str, object], sampler: str) -> Settings:
     values = dict(_DEFAULTS[sampler])
     left_out = config.get("_use_default_values")  # diffusers notes here the settings that were not given
     for name, value in config.items():
@@ -205,7 +230,10 @@ def _boolean(values: Mapping[str, object], name: str) -> bool:
 
 def _number(values: Mapping[str, object], name: str, *, minus_infinity: bool = False) -> float:
     value = values.get(name, -math.inf)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (math.isfinite(value) or (minus_infinity and value == -math.inf)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (math.isfinite(value) or (minus_infinity and value == -math.inf))
+    ):
         raise ScheduleError(f"scheduler setting {name!r} is {value!r}: it needs a number")
     return float(value)

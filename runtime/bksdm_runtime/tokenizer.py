@@ -164,7 +164,7 @@ def _read_model(folder: Path, unknown: str) -> models.BPE:
     except TokenizerError:
         raise
     except Exception as error:  # all that `tokenizers` raises for a file it cannot read
-        raise TokenizerError(f"the tokenizer {where} cannot be read: {error}") from None
+        raise TokenizerError(f"the tokenizer {where} cannot be read: {_reason(error)}") from None
     if not isinstance(model, models.BPE) or model.end_of_word_suffix != _END_OF_WORD:
         raise TokenizerError(
             f"{where} holds a {type(model).__name__} that is not CLIP's, with {_END_OF_WORD!r} word ends"
@@ -189,7 +189,11 @@ def _read_json(path: Path) -> dict[str, object]:
     try:
         return strict_json.parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise TokenizerError(f"the tokenizer file {path} cannot be read: {error}") from None
+        raise TokenizerError(f"the tokenizer file {path} cannot be read: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _special(config: Mapping[str, object], name: str, default: str) -> str:

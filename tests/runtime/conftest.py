@@ -40,9 +40,7 @@ SCHEDULER_CONFIG: dict[str, object] = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "needs_reference: compares with the CLIPTokenizer of transformers 4 without ftfy"
-    )
+    config.addinivalue_line("markers", "needs_reference: needs the CLIPTokenizer of transformers 4 without ftfy")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from bksdm_runtime import cli
-from bksdm_runtime.bundle import file_sha256
+from bksdm_runtime.bundle import file_records, file_sha256
 from bksdm_runtime.image import read_request
 
 Run = Callable[..., tuple[int, str, str]]
@@ -250,10 +250,25 @@ def test_from_png_takes_its_settings_from_the_picture_alone(bksdm_run: Run, flag
             "bksdm-run: height 100 does not fit this model, which takes multiples of 64: the nea",
         ),
         (("a", "--width", 10**6), 2, "bksdm-run: width must be a whole number from 1 to 4096"),
+        (
+            ("a", "--steps", 1000),
+            2,
+            "bksdm-run: 1000 pndm steps from the offset 1 start beyond the 1000 timesteps that",
+        ),
+        (("a", "--steps", 1000, "-o", "new/"), 2, "choose 1 to 999\n"),
+        (("a", "--init-image", "red.png", "--strength", 0.01), 2, "leaves none to run: choose at least 0.04"),
+        (("a", "--init-image", "float.tiff", "-o", "new/"), 1, "the init image has floating-point pixels"),
+        (("a", "--height", 100, "-o", "new/"), 2, "bksdm-run: height 100 does not fit this model"),
+        (("a", "--backend", "cuda", "-o", "new/"), 1, "bksdm-run: backend 'cuda': this onnxruntime has no"),
         (("a", "-o", "x.jpg"), 2, "bksdm-run: -o must end in .png, found .jpg"),
         (("a", "-o", "{name}.png"), 2, "bksdm-run: -o has {name}, known are {index}, {n}, {prompt}, {seed}"),
+        (("a", "-o", "-"), 2, "bksdm-run: -o - is not taken, for stdout carries the paths of the pictures"),
+        (("a", "-o", "x" * 300), 2, f"bksdm-run: -o {'x' * 100}...: File name too long\n"),
+        (("a", "-o", f"{'x' * 300}/a.png"), 2, f"bksdm-run: -o {'x' * 100}...: File name too long\n"),
+        (("a", "--count", 2, "-o", "x" * 300), 2, f"bksdm-run: -o {'x' * 100}...: File name too long\n"),
         (("\udcff",), 2, "bksdm-run: prompt is not valid Unicode text"),
-        (("a", "--init-image", "none.png"), 1, "bksdm-run: the init image cannot be read"),
+        (("a", "--init-image", "none.png"), 1, "bksdm-run: there is no picture none.png"),
+        (("a", "--init-image", "."), 1, "bksdm-run: . cannot be read as a picture: Is a directory"),
         (("a", "--init-image", "latin.txt"), 1, "bksdm-run: latin.txt cannot be read as a picture"),
         (("a", "-o", "latin.txt/x.png"), 1, "bksdm-run: folder latin.txt cannot be made"),
         (("a", "--bundle", "none"), 1, "bksdm-run: bundle none: there is no such folder"),
@@ -273,12 +288,53 @@ def test_what_goes_wrong_is_one_sentence_and_its_code(
     monkeypatch.setenv("BKSDM_BUNDLE", str(toy_bundle))
     Path("empty.txt").write_text("\n \n")
     Path("latin.txt").write_bytes(b"caf\xe9")
+    Image.new("RGB", (8, 8), "red").save("red.png")
+    Image.new("F", (8, 8)).save("float.tiff")
     found, out, err = bksdm_run(*arguments)
     assert sentence in err
     assert (found, out) == (code, "")
     assert "Traceback" not in err
+    assert "[Errno" not in err
+    assert "stdout" not in err or "-" in arguments
     assert len(err.splitlines()[-1]) < 400
-    assert pictures() == ["empty.txt", "latin.txt"]
+    assert pictures() == ["empty.txt", "float.tiff", "latin.txt", "red.png"]
+    assert not Path("new").exists()  # a refused request once left an empty folder
+
+
+@pytest.mark.parametrize("flags", [("--height", 100), ("--steps", 1000), ("--init-image", "none.png")])
+def test_a_request_is_refused_before_any_engine_opens(
+    bksdm_run: Run, quick: Sequence[object], monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...]
+) -> None:
+    monkeypatch.setattr("bksdm_runtime.pictures.Pipeline", None)
+    code, out, err = bksdm_run("a", *quick, *flags, "-o", "new/x.png")
+    assert code in (1, 2)
+    assert (out, err.count("\n"), Path("new").exists()) == ("", 1, False)
+
+
+def test_the_number_of_threads_used_is_kept_not_auto(
+    bksdm_run: Run, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that said "auto" was made again on as many threads as another machine happens to allow."""
+    monkeypatch.setattr("bksdm_runtime.backends.ort.physical_cores", lambda: 2)
+    bksdm_run("a", "--bundle", toy_bundle, "--steps", 1, "-o", "x.png")
+    assert read_request(Path("x.png"))[1].threads == 2
+    monkeypatch.setattr("bksdm_runtime.backends.ort.physical_cores", lambda: 1)
+    bksdm_run("--from-png", "x.png", "--bundle", toy_bundle, "-o", "y.png")
+    assert read_request(Path("y.png"))[1].threads == 2
+    assert Path("x.png").read_bytes() == Path("y.png").read_bytes()
+
+
+def test_a_scheduler_that_the_default_sampler_cannot_use_names_one_that_can(
+    bksdm_run: Run, toy_copy: Path, rewrite_manifest: Callable[..., None]
+) -> None:
+    config = toy_copy / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"skip_prk_steps": true, ', ""))
+    records = {name: vars(record) for name, record in file_records(toy_copy).items()}
+    rewrite_manifest(toy_copy, lambda content: content.update(files=records))
+    code, out, err = bksdm_run("a", "--bundle", toy_copy)
+    assert (code, out) == (1, "")
+    assert err.endswith("; the sampler ddim or euler or dpmsolver++ can be used\n")
+    assert bksdm_run("a", "--bundle", toy_copy, "--scheduler", "euler", "--steps", 1)[0] == 0
 
 
 def test_a_missing_backend_names_its_extra(
@@ -369,6 +425,28 @@ def test_a_full_stdout_is_one_sentence(toy_bundle: Path) -> None:
     assert pictures() == ["a-0.png"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("flag", ["--help", "-h", "--version"])
+def test_help_to_a_full_stdout_is_one_sentence(flag: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = spawn(flag, stdout=full)
+        _, err = process.communicate()
+    assert (process.returncode, err) == (1, "bksdm-run: stdout cannot be written: No space left on device\n")
+
+
+def test_an_error_of_another_file_is_not_called_stdout(
+    bksdm_run: Run, quick: Sequence[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every OSError was once reported as one of stdout; one that nobody foresaw is a bug, and shows as one."""
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error", "model.onnx")
+
+    monkeypatch.setattr("bksdm_runtime.pipeline.to_uint8", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        bksdm_run("a", *quick)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_terminal_sees_steps_and_which_picture_of_how_many(toy_bundle: Path) -> None:
     import fcntl
@@ -401,7 +479,7 @@ def test_help_and_version_work_with_click_and_numpy_alone() -> None:
 import sys
 sys.modules.update({name: None for name in ("PIL", "tokenizers", "tqdm", "onnxruntime")})
 from bksdm_runtime.cli import run
-assert run(["--help"]) == run(["--version"]) == 0
+assert run(["--help"]) == run(["-h"]) == run(["--version"]) == 0
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=False

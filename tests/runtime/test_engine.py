@@ -219,19 +219,55 @@ def test_cuda_without_the_provider_says_what_to_install(bundle: Bundle) -> None:
 
 
 def test_cuda_that_falls_back_to_the_cpu_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(path: str, sess_options: Any, providers: Any) -> Any:
+        return ort.onnxruntime.InferenceSession(path, sess_options=sess_options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "_library", cuda_stub(InferenceSession=start))
+    with pytest.raises(EngineError, match=r"CUDAExecutionProvider did not start \(running: CPUExecutionProvider\)"):
+        open_engine(bundle, "unet", backend="cuda", threads=1)
+
+
+def cuda_stub(**changes: Any) -> ModuleType:
+    """An onnxruntime that has CUDA by its own account, over the real one."""
     real = ort.onnxruntime
     stub = ModuleType("onnxruntime")
     stub.__dict__.update(
         SessionOptions=real.SessionOptions,
         set_default_logger_severity=lambda _: None,
         get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
-        InferenceSession=lambda path, sess_options, providers: real.InferenceSession(
-            path, sess_options=sess_options, providers=["CPUExecutionProvider"]
-        ),
+        **changes,
     )
-    monkeypatch.setattr(ort, "_library", stub)
-    with pytest.raises(EngineError, match=r"CUDAExecutionProvider did not start \(running: CPUExecutionProvider\)"):
-        open_engine(bundle, "unet", backend="cuda", threads=1)
+    return stub
+
+
+def test_cuda_is_asked_for_true_fp32_and_a_choice_of_algorithms_that_no_clock_decides(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """TF32 is on by default, and the default search times the algorithms; no GPU has run this test's options."""
+    seen: list[Any] = []
+
+    def start(path: str, sess_options: Any, providers: Any) -> Any:
+        seen.append(providers)
+        session = ort.onnxruntime.InferenceSession(path, sess_options=sess_options, providers=["CPUExecutionProvider"])
+        monkeypatch.setattr(session, "get_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        return session
+
+    def preload() -> None:
+        seen.append("preloaded")
+        print("Failed to load libcudnn.so.9")
+
+    monkeypatch.setattr(ort, "_library", cuda_stub(InferenceSession=start, preload_dlls=preload))
+    assert open_engine(bundle, "unet", backend="cuda", threads=1).backend == "cuda"
+    options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    assert seen == ["preloaded", [("CUDAExecutionProvider", options)]]
+    assert capfd.readouterr().out == ""  # stdout carries the paths of pictures
+
+
+def test_the_cpu_provider_preloads_no_cuda_and_takes_no_option_of_it(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort.onnxruntime, "preload_dlls", None)
+    open_engine(bundle, "unet", threads=1)
 
 
 def test_threads_reach_the_session(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,8 +279,8 @@ def test_threads_reach_the_session(bundle: Bundle, monkeypatch: pytest.MonkeyPat
         return real(path, sess_options=sess_options, providers=providers)
 
     monkeypatch.setattr(ort.onnxruntime, "InferenceSession", spy)
-    open_engine(bundle, "unet", threads=3)
-    open_engine(bundle, "unet")
+    assert open_engine(bundle, "unet", threads=3).threads == 3
+    assert open_engine(bundle, "unet").threads == ort.physical_cores()
     assert seen == [3, ort.physical_cores()]
 
 

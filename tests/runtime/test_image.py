@@ -14,7 +14,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 
 from bksdm_runtime.image import (
     ImageError,
@@ -67,9 +67,93 @@ def test_an_init_image_is_prepared_as_diffusers_does(width: int, height: int) ->
     np.testing.assert_array_equal(ours, theirs.numpy())
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "I;16", "I", "LA", "PA", "YCbCr", "HSV"])
 def test_an_init_image_of_any_mode_becomes_rgb(mode: str) -> None:
     assert from_image(Image.new(mode, (10, 10)), 16, 16).shape == (1, 3, 16, 16)
+
+
+def levels(image: Image.Image) -> np.ndarray:
+    """The picture as the pipeline sees it, back as 8-bit levels [H, W, 3]."""
+    prepared = from_image(image, image.height, image.width)
+    return np.rint((np.moveaxis(prepared[0], 0, 2) + 1) * 127.5).astype(int)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_a_16_bit_grey_picture_was_almost_white(tmp_path: Path, suffix: str) -> None:
+    grey = np.array([[0, 128, 257, 32768], [40000, 65278, 65406, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / f"grey.{suffix}")
+    with Image.open(tmp_path / f"grey.{suffix}") as file:
+        assert file.mode == "I;16"
+    expected = np.repeat(np.array([[0, 0, 1, 128], [156, 254, 254, 255]])[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(levels(open_image(tmp_path / f"grey.{suffix}")), expected)
+    np.testing.assert_array_equal(levels(Image.fromarray(grey.astype(np.int32))), expected)
+    np.testing.assert_array_equal(levels(Image.frombytes("I;16B", (4, 2), grey.astype(">u2").tobytes())), expected)
+
+
+def test_a_16_bit_grey_picture_may_have_a_transparent_level(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 32768]], np.uint16)).save(tmp_path / "grey.png", transparency=0)
+    np.testing.assert_array_equal(levels(open_image(tmp_path / "grey.png"))[0, :, 0], [255, 128])
+
+
+@pytest.mark.parametrize(
+    ("pixels", "match"),
+    [
+        (np.zeros((2, 2), np.float32), "floating-point pixels, of unknown range"),
+        (np.full((2, 2), 70_000, np.int32), "levels from 70000 to 70000: save it with 8 or 16 bits"),
+        (np.full((2, 2), -1, np.int32), "levels from -1 to -1"),
+    ],
+)
+def test_a_picture_whose_white_nobody_knows_was_black(pixels: np.ndarray, match: str) -> None:
+    with pytest.raises(ImageError, match=match):
+        from_image(Image.fromarray(pixels), 16, 16)
+
+
+def test_transparency_was_black(tmp_path: Path) -> None:
+    red = np.zeros((1, 3, 4), np.uint8)
+    red[0, :, 0], red[0, :, 3] = 255, [0, 51, 255]  # nothing, a fifth, and all of it
+    expected = [[255, 255, 255], [255, 204, 204], [255, 0, 0]]
+    np.testing.assert_array_equal(levels(Image.fromarray(red))[0], expected)
+    grey = Image.fromarray(np.array([[[0, 0], [0, 255]]], np.uint8), "LA")
+    np.testing.assert_array_equal(levels(grey)[0], [[255] * 3, [0] * 3])
+    Image.fromarray(np.array([[0, 1]], np.uint8), "L").convert("P").save(tmp_path / "p.png", transparency=0)
+    np.testing.assert_array_equal(levels(open_image(tmp_path / "p.png"))[0], [[255] * 3, [1] * 3])
+
+
+@pytest.mark.parametrize("format_name", ["AVIF", "WEBP", "JPEG", "GIF", "TIFF"])
+def test_a_damaged_file_of_a_plugin_is_one_sentence(tmp_path: Path, format_name: str) -> None:
+    """Damaged AVIF raised RuntimeError, which no list of Pillow's exceptions held."""
+    if format_name in ("AVIF", "WEBP") and not features.check(format_name.lower()):
+        pytest.skip(f"needs a Pillow with {format_name}")
+    path = tmp_path / "a.bin"
+    Image.fromarray(PIXELS).save(path, format=format_name)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), max(1, len(whole) // 60)):
+        for damaged in (whole[:place], whole[:place] + b"\xff\x00\xff\x00" + whole[place + 4 :]):
+            path.write_bytes(damaged)
+            try:
+                open_image(path)
+            except ImageError as error:
+                refused += 1
+                assert "\n" not in str(error)  # noqa: PT017 - most damage is refused, some is not noticed
+    assert refused > 10
+
+
+def test_any_failure_of_a_decoder_is_one_sentence_but_memory_running_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    failure: Exception = RuntimeError("Failed to decode frame 0: Decoding of color planes failed\nmore")
+
+    def fail(self: Image.Image) -> None:
+        raise failure
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(ImageError, match=r"cannot be read as a picture: Failed to decode frame 0: [\w ]*$"):
+        open_image(tmp_path / "a.png")
+    failure = MemoryError()
+    with pytest.raises(MemoryError):
+        open_image(tmp_path / "a.png")
 
 
 def test_pixels_and_request_come_back(tmp_path: Path) -> None:
@@ -174,6 +258,8 @@ def test_a_picture_of_someone_else_is_refused(tmp_path: Path) -> None:
         ("batch_size", "1000000000", "its batch or its threads make no sense"),
         ("batch_index", "2", "its batch or its threads make no sense"),
         ("threads", "0", "its batch or its threads make no sense"),
+        ("threads", "1000000", "its batch or its threads make no sense"),
+        ("threads", "auto", "says wrongly how it was made"),
     ],
 )
 def test_damaged_texts_are_one_sentence(tmp_path: Path, name: str, text: str | None, match: str) -> None:

@@ -231,7 +231,7 @@ class Counting:
 
     def __init__(self, engine: Any, tensor: str) -> None:
         self.engine, self.tensor, self.calls = engine, tensor, []
-        self.backend, self.component = engine.backend, engine.component
+        self.backend, self.component, self.threads = engine.backend, engine.component, engine.threads
 
     def __call__(self, inputs: Any) -> Any:
         self.calls.append(len(inputs[self.tensor]))
@@ -290,7 +290,7 @@ def test_steps_tell_where_the_loop_is(pipeline: Pipeline) -> None:
     assert isinstance(last, Images)
     assert all(isinstance(step, Step) for step in steps)
     assert [step.index for step in steps] == list(range(26))
-    assert {step.total for step in steps} == {26} == {pipeline.evaluations(Request("a", steps=25))}
+    assert {step.total for step in steps} == {26}
     assert [step.timestep for step in steps[:4]] == [961, 921, 921, 881]
     assert {step.latents.shape for step in steps} == {(1, 4, 8, 8)}
     assert last.requests == (Request("a", steps=25, height=64, width=64),)

@@ -23,7 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from bksdm_runtime.schedule import SAMPLERS, Schedule, ScheduleError, make_schedule
+from bksdm_runtime.schedule import SAMPLERS, Schedule, ScheduleError, StepsError, make_schedule
 from bksdm_runtime.scheduler_settings import read_settings
 
 CLASSES: dict[str, Any] = {
@@ -294,8 +294,38 @@ def test_an_offset_past_the_training_steps_is_refused_as_diffusers_does(sampler:
     config = SD_V1 | {"steps_offset": 1}  # 1000 leading steps: 0..999, plus 1
     with pytest.raises(IndexError):
         theirs(CLASSES[sampler].from_config(config), 1000)
-    with pytest.raises(ScheduleError, match=r"timestep 100[01] lies beyond"):
+    with pytest.raises(StepsError, match=r"1000 \w+ steps from the offset 1 start beyond .*: choose 1 to 999$"):
         make_schedule(config, steps=1000, sampler=sampler)
+    make_schedule(config, steps=999, sampler=sampler)
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "ddim"])
+def test_an_offset_past_the_training_steps_names_steps_that_do_work(sampler: str) -> None:
+    config = SD_V1 | {"steps_offset": 100}
+    with pytest.raises(StepsError, match="choose 9") as caught:
+        make_schedule(config, steps=950, sampler=sampler)
+    nearest = int(str(caught.value).rsplit(" ", 1)[1])
+    make_schedule(config, steps=nearest, sampler=sampler)
+    with pytest.raises(StepsError):
+        make_schedule(config, steps=nearest + 1, sampler=sampler)
+    with pytest.raises(ScheduleError, match="'steps_offset' 1000 is past the 1000 timesteps"):
+        make_schedule(SD_V1 | {"steps_offset": 1000}, steps=10, sampler=sampler)
+
+
+@pytest.mark.parametrize("source", [UniPCMultistepScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_a_config_that_pndm_cannot_use_names_samplers_that_can(source: Any) -> None:
+    config = dict(source(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").config)
+    assert "skip_prk_steps" not in config
+    assert PNDMScheduler.from_config(config).config["skip_prk_steps"] is False  # the Runge-Kutta warm-up would run
+    with pytest.raises(
+        ScheduleError, match=r"'skip_prk_steps' defaults to False: .*; the sampler (.*) can be used$"
+    ) as e:
+        make_schedule(config, steps=10)
+    named = str(e.value).rsplit("; the sampler ", 1)[1].removesuffix(" can be used").split(" or ")
+    assert "euler" in named
+    for sampler in named:
+        assert_equals_diffusers(config, sampler, 10)
+    assert not isinstance(e.value, StepsError)
 
 
 def test_a_repeated_noise_level_is_refused() -> None:

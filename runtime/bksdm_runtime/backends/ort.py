@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,9 +22,20 @@ from bksdm_runtime.manifest import Component, TensorSpec
 # library would print also comes as an exception, which becomes one sentence here.
 _LOG_FATAL_ONLY = 4
 
+log = logging.getLogger(__name__)
+
 _library = cast(Any, onnxruntime)  # it ships no types; what comes out of it is cast where it arrives
 
 _PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html; no GPU has run them here yet.
+_PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "onnxruntime": {},
+    "cuda": {
+        "use_tf32": "0",  # on by default, and 10 bits of mantissa: not the fp32 that a bundle's parity promises
+        # The default, EXHAUSTIVE, times the algorithms and may choose another each run (onnxruntime issue 19822).
+        "cudnn_conv_algo_search": "HEURISTIC",
+    },
+}
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -47,10 +61,11 @@ class _Session(Protocol):
 class OrtEngine:
     """One graph in an ONNX Runtime session; see `engine.Engine` for what a call takes and gives."""
 
-    def __init__(self, name: str, component: Component, session: _Session, backend: str) -> None:
+    def __init__(self, name: str, component: Component, session: _Session, backend: str, threads: int) -> None:
         self.name = name
         self.component = component
         self.backend = backend
+        self.threads = threads
         self._session = session
         self._outputs = [spec.name for spec in component.outputs]
 
@@ -72,11 +87,15 @@ def open_component(bundle: Bundle, component: str, *, backend: str, threads: int
             f"backend {backend!r}: this onnxruntime has no {provider}; onnxruntime and onnxruntime-gpu share their "
             "files, so leave only one: pip uninstall onnxruntime, then pip install --force-reinstall 'bksdm[cuda]'"
         )
+    if backend == "cuda":
+        _preload_cuda()
     path = bundle.component_path(component)
+    # Explicit, because the library's own count ignores a container's limit and pins threads outside its cores.
+    used = physical_cores() if threads is None else threads
+    chosen = [(provider, _PROVIDER_OPTIONS[backend])]
     try:
         session = cast(
-            _Session,
-            _library.InferenceSession(str(path), sess_options=_session_options(threads), providers=[provider]),
+            _Session, _library.InferenceSession(str(path), sess_options=_session_options(used), providers=chosen)
         )
     except Exception as error:  # the library's own exceptions share no base class
         raise EngineError(f"{component}: ONNX Runtime cannot open {path}: {_first_line(error)}") from error
@@ -89,13 +108,27 @@ def open_component(bundle: Bundle, component: str, *, backend: str, threads: int
     facts = bundle.manifest.components[component]
     _check_tensors(component, "input", facts.inputs, session.get_inputs())
     _check_tensors(component, "output", facts.outputs, session.get_outputs())
-    return OrtEngine(component, facts, session, backend)
+    return OrtEngine(component, facts, session, backend, used)
 
 
-def _session_options(threads: int | None) -> Any:
+def _preload_cuda() -> None:
+    """Load CUDA and cuDNN where pip put them (ONNX Runtime 1.21 and later), which the loader itself never searches.
+
+    What it cannot load is no error yet: the system may have it elsewhere, and the provider tells when it starts.
+    """
+    preload = getattr(_library, "preload_dlls", None)
+    if preload is None:
+        return
+    said = io.StringIO()
+    with redirect_stdout(said):  # it prints, and stdout carries paths
+        preload()
+    if said.getvalue().strip():
+        log.info("%s", said.getvalue().strip())
+
+
+def _session_options(threads: int) -> Any:
     options = _library.SessionOptions()
-    # Explicit, because the library's own count ignores a container's limit and pins threads outside its cores.
-    options.intra_op_num_threads = physical_cores() if threads is None else threads
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graphs are chains: there is nothing to run side by side
     options.log_severity_level = _LOG_FATAL_ONLY
     return options
