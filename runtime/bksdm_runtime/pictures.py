@@ -59,9 +59,17 @@ def order_from_png(picture: Path, bundle: Path | None, output: str | None, backe
             "give the one that made it with --bundle"
         )
     if isinstance(request.init_image, Path):
-        if not request.init_image.is_file():
-            raise ImageError(f"{picture} was made from the picture {request.init_image}, which is not there any more")
-        if bundles.file_sha256(request.init_image) != provenance.init_image:
+        try:
+            found = bundles.file_sha256(request.init_image)
+        except FileNotFoundError:
+            raise ImageError(
+                f"{picture} was made from the picture {request.init_image}, which is not there any more"
+            ) from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            shown = ascii(str(request.init_image)[:100])
+            raise ImageError(f"{picture} was made from the picture {shown}, which cannot be read: {reason}") from None
+        if found != provenance.init_image:
             raise ImageError(f"{picture} was made from the picture {request.init_image}, which has changed since")
     if provenance.version != version():
         log.warning("%s was made by bksdm %s, this is %s: pixels may differ", picture, provenance.version, version())

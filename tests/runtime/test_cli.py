@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from PIL import Image
 
 from bksdm_runtime import cli
 from bksdm_runtime.bundle import file_records, file_sha256
-from bksdm_runtime.image import read_request
+from bksdm_runtime.image import read_request, save_png
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -206,6 +207,19 @@ def test_from_png_of_image_to_image_needs_the_same_init_image(
     )
     Path("start.png").unlink()
     assert "start.png, which is not there any more" in bksdm_run(*again)[2]
+
+
+def test_from_png_of_an_init_image_that_cannot_be_read_is_one_sentence(
+    bksdm_run: Run, quick: Sequence[object], toy_bundle: Path
+) -> None:
+    Image.new("RGB", (8, 8), "red").save("start.png")
+    bksdm_run("a", *quick, "--init-image", "start.png", "-o", "x.png")
+    request, provenance = read_request(Path("x.png"))
+    for name, reason in (("x" * 300, "File name too long"), (".", "Is a directory")):
+        save_png(Path("y.png"), pixels("x.png"), replace(request, init_image=Path(name)), provenance)
+        code, out, err = bksdm_run("--from-png", "y.png", "--bundle", toy_bundle)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert err.endswith(f"which cannot be read: {reason}\n")
 
 
 def test_from_png_says_what_may_differ(
