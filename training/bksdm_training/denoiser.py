@@ -120,7 +120,17 @@ def train_denoiser(
         pictures = sample(model, vae, tokenizer, shown, device=device)
         save_grid(pictures, folder / "samples.png", columns=8, captions=shown)
 
-    loop.run("unet", model, loss_at, config.unet, folder, device=device, on_checkpoint=on_checkpoint, made_on=made_on)
+    loop.run(
+        "unet",
+        model,
+        loss_at,
+        config.unet,
+        folder,
+        device=device,
+        on_checkpoint=on_checkpoint,
+        made_on=made_on,
+        rates={"token_embedding.weight": config.embedding_rate},
+    )
     silence_unseen_tokens(model.text_encoder, tokens.ids)
     return model
 

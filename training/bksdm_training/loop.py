@@ -35,15 +35,17 @@ def run(
     device: torch.device,
     on_checkpoint: Callable[[int, nn.Module], None],
     made_on: str = "",
+    rates: Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Train `module` and return it with the averaged (EMA) weights, in eval mode.
 
     loss_at(step, generator) gives the terms of the loss of step 1..steps; their sum is minimised. All its draws come
     from `generator`. A run that was killed goes on from its newest state in `folder`. `on_checkpoint(step, module)`
     sees the averaged weights. made_on: what the run depends on (a hash); a state made on something else is refused.
+    rates: learning rate factor of the parameters whose name ends so; 1 for the others.
     Raises DivergedError, checkpointing.ResumeError."""
     trainable = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(_groups(module, rates or {}), lr=0.0, weight_decay=config.weight_decay)
     average = {key: value.detach().clone() for key, value in module.state_dict().items()}
     facts: dict[str, object] = {"stage": name, "made_on": made_on}
     done, earlier = _resume(folder, module, optimizer, average, facts)
@@ -55,7 +57,7 @@ def run(
     ):
         for step in range(first, config.steps + 1):
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate_at(step)
+                group["lr"] = config.learning_rate_at(step) * group["rate"]
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
                 terms = loss_at(step, seeded(config.seed, step))
             loss = torch.stack(list(terms.values())).sum()
@@ -91,6 +93,20 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     path = folder / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may have cut the last one
+
+
+def _groups(module: nn.Module, rates: Mapping[str, float]) -> list[dict[str, object]]:
+    """The trainable parameters as optimizer groups by their learning rate factor; every parameter is in one."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    chosen = [next((end for end in rates if name.endswith(end)), "") for name, _ in named]
+    groups = [
+        {
+            "params": [p for (_, p), is_of in zip(named, chosen, strict=True) if is_of == end],
+            "rate": rates.get(end, 1.0),
+        }
+        for end in ("", *rates)
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _resume(
