@@ -1,6 +1,6 @@
 import pytest
 
-from bksdm_training.config import PRESETS, LoopConfig, TeacherConfig, with_steps
+from bksdm_training.config import PRESETS, LoopConfig, TeacherConfig, with_changes
 
 
 def test_learning_rate_warms_up_stays_and_decays_to_nearly_zero():
@@ -23,6 +23,6 @@ def test_a_size_that_does_not_halve_three_times_is_refused():
         TeacherConfig(size=96)
 
 
-def test_with_steps_changes_run_lengths_alone():
-    config = with_steps(PRESETS["cpu"], 7, None)
+def test_with_changes_touches_what_it_is_told_alone():
+    config = with_changes(PRESETS["cpu"], 7, None)
     assert (config.vae.steps, config.unet) == (7, PRESETS["cpu"].unet)

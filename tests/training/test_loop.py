@@ -64,6 +64,28 @@ def test_what_comes_back_is_the_average_of_the_weights(tmp_path):
     torch.testing.assert_close(made.weight.detach(), average, rtol=1e-6, atol=1e-7)
 
 
+def test_a_rate_speeds_up_the_parameters_it_names_and_no_others(tmp_path):
+    moved = {}
+    for rate in (1.0, 10.0):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 1))
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        config = LoopConfig(steps=1, batch_size=1, learning_rate=1e-3, warmup=1, decay_share=0, ema_decay=0.0)
+        made = loop.run(
+            "toy",
+            module,
+            lambda step, generator, module=module: {"sum": module(torch.arange(4)).sum()},
+            config,
+            tmp_path / str(rate),
+            device=torch.device("cpu"),
+            on_checkpoint=lambda *_: None,
+            rates={"0.weight": rate},
+        )
+        moved[rate] = {key: (value - before[key]).abs().max().item() for key, value in made.state_dict().items()}
+    assert moved[10.0]["0.weight"] == pytest.approx(10 * moved[1.0]["0.weight"], rel=1e-2)
+    assert moved[10.0]["1.weight"] == moved[1.0]["1.weight"]
+
+
 def test_a_finished_run_is_only_loaded(tmp_path):
     first = _train(tmp_path)
     again = _train(tmp_path, die_at=1)  # no step is taken

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from bksdm import checkpoint
 from bksdm_training.checkpointing import ResumeError
-from bksdm_training.config import LoopConfig, with_steps
+from bksdm_training.config import LoopConfig, with_changes
 from bksdm_training.data import DataError
 from bksdm_training.teacher import train_teacher
 
@@ -47,7 +47,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, mini_data, mini
 def test_a_denoiser_is_not_joined_to_an_autoencoder_it_was_not_trained_on(tmp_path, mini_data, mini_config):
     train_teacher(mini_config, mini_data, tmp_path, torch.device("cpu"))
     with pytest.raises(ResumeError, match="unet was trained with another made_on"):
-        train_teacher(with_steps(mini_config, 8, None), mini_data, tmp_path, torch.device("cpu"))
+        train_teacher(with_changes(mini_config, 8, None), mini_data, tmp_path, torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("no_lpips")

@@ -49,6 +49,7 @@ def data(output: Path, sources: str, groups: str | None, size: int) -> None:
 )
 @click.option("--vae-steps", type=click.IntRange(1), help="Instead of the preset's.")
 @click.option("--unet-steps", type=click.IntRange(1), help="Instead of the preset's.")
+@click.option("--batch-size", type=click.IntRange(1), help="Pictures a step of the U-Net, instead of the preset's.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 def teacher(
     folder: Path,
@@ -57,6 +58,7 @@ def teacher(
     init: str | None,
     vae_steps: int | None,
     unet_steps: int | None,
+    batch_size: int | None,
     threads: int | None,
 ) -> None:
     """Train the demo teacher from scratch; run again after a kill to go on."""
@@ -65,7 +67,7 @@ def teacher(
     from bksdm.errors import CheckpointError
     from bksdm.packages import PackageError
     from bksdm_training.checkpointing import ResumeError
-    from bksdm_training.config import PRESETS, with_steps
+    from bksdm_training.config import PRESETS, with_changes
     from bksdm_training.data import DataError
     from bksdm_training.loop import DivergedError
     from bksdm_training.teacher import train_teacher
@@ -75,7 +77,7 @@ def teacher(
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if preset == "auto" else preset
     if kind == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("--preset cuda needs a CUDA device and torch sees none: use --preset cpu")
-    config = with_steps(PRESETS[kind], vae_steps, unet_steps)
+    config = with_changes(PRESETS[kind], vae_steps, unet_steps, batch_size)
     try:
         made = train_teacher(config, folder, output, torch.device(kind), init=init)
     except (DataError, ResumeError, DivergedError, PackageError, CheckpointError, OSError) as error:

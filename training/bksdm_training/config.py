@@ -91,10 +91,14 @@ PRESETS = {
 }
 
 
-def with_steps(config: TeacherConfig, vae_steps: int | None, unet_steps: int | None) -> TeacherConfig:
-    """The same settings with other run lengths."""
+def with_changes(
+    config: TeacherConfig, vae_steps: int | None = None, unet_steps: int | None = None, batch_size: int | None = None
+) -> TeacherConfig:
+    """The same settings with other run lengths, or another batch size of the U-Net."""
     if vae_steps is not None:
         config = replace(config, vae=replace(config.vae, steps=vae_steps))
     if unet_steps is not None:
         config = replace(config, unet=replace(config.unet, steps=unet_steps))
+    if batch_size is not None:
+        config = replace(config, unet=replace(config.unet, batch_size=batch_size))
     return config

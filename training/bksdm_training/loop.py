@@ -97,16 +97,11 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 def _groups(module: nn.Module, rates: Mapping[str, float]) -> list[dict[str, object]]:
     """The trainable parameters as optimizer groups by their learning rate factor; every parameter is in one."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    chosen = [next((end for end in rates if name.endswith(end)), "") for name, _ in named]
-    groups = [
-        {
-            "params": [p for (_, p), is_of in zip(named, chosen, strict=True) if is_of == end],
-            "rate": rates.get(end, 1.0),
-        }
-        for end in ("", *rates)
-    ]
-    return [group for group in groups if group["params"]]
+    groups: dict[str, list[nn.Parameter]] = {end: [] for end in ("", *rates)}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[next((end for end in rates if name.endswith(end)), "")].append(parameter)
+    return [{"params": own, "rate": rates.get(end, 1.0)} for end, own in groups.items() if own]
 
 
 def _resume(
