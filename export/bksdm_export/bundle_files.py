@@ -12,17 +12,18 @@ from bksdm import vocabulary
 from bksdm.checkpoint import Checkpoint, Licence
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.bundle import Component, Manifest, ModelFacts
+from bksdm_runtime.version import version
 
 LICENCE_FILE = "LICENSE"
 # Whose versions decide what the graphs look like.
-_TOOLS = ("bksdm", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 
 def write_all_but_graphs(checkpoint: Checkpoint, folder: Path) -> None:
     """Configs, tokenizer, scheduler settings and licence: what diffusers' readers and our own find beside graphs."""
-    version = metadata.version("diffusers")
-    scheduler = {**checkpoint.scheduler_config, "_diffusers_version": version}
-    _write_json(folder / "model_index.json", _model_index(str(scheduler["_class_name"]), version))
+    diffusers = metadata.version("diffusers")
+    scheduler = {**checkpoint.scheduler_config, "_diffusers_version": diffusers}
+    _write_json(folder / "model_index.json", _model_index(str(scheduler["_class_name"]), diffusers))
     _write_json(folder / bundles.SCHEDULER_CONFIG, scheduler)
     vocabulary.save(checkpoint.tokenizer, folder / bundles.TOKENIZER_FOLDER)
     (folder / LICENCE_FILE).write_text(checkpoint.licence.notice, encoding="utf-8")
@@ -56,7 +57,7 @@ def manifest(
         files={},
         parity={},
         licence=bundles.Licence(licence.name, LICENCE_FILE),
-        tools=_versions(),
+        tools={"bksdm": version(), **{name: metadata.version(name) for name in _TOOLS}},
     )
 
 
@@ -66,21 +67,10 @@ def write_manifest(folder: Path, unproven: Manifest, parity: Mapping[str, object
     (folder / bundles.MANIFEST_NAME).write_text(complete.to_json(), encoding="utf-8")
 
 
-def _versions() -> dict[str, str]:
-    """Versions of what made the bundle; bksdm itself has one only where it is installed."""
-    versions: dict[str, str] = {}
-    for name in _TOOLS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
-def _model_index(scheduler: str, version: str) -> dict[str, object]:
+def _model_index(scheduler: str, diffusers: str) -> dict[str, object]:
     return {
         "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": version,
+        "_diffusers_version": diffusers,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,

@@ -103,6 +103,8 @@ def command(
 
     progress("importing PyTorch")  # here and not above: --help must work whatever is installed
     try:
+        import onnxruntime  # noqa: F401 - opened late, but a missing one should be told early
+
         from bksdm.errors import CheckpointError
         from bksdm_export.errors import ExportError
         from bksdm_export.recipe import ExportRequest, export_variant

@@ -15,7 +15,9 @@ from bksdm_runtime.bundle import MANIFEST_NAME
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Refuse a target that must not be replaced. Raises ExportError."""
+    """Refuse a target that must not be replaced, and clear away what killed exports to it left. Raises ExportError."""
+    if target.absolute().parent.is_dir():
+        _remove_leftovers(target.absolute())
     if not target.exists():
         return
     if not target.is_dir():
@@ -38,7 +40,6 @@ def whole_or_nothing(target: Path, *, force: bool = False) -> Iterator[Path]:
     check_target(target, force=force)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
         partial = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         partial.chmod(0o777 & ~_umask())  # mkdtemp's folders are closed to everyone else
     except OSError as error:
@@ -48,10 +49,16 @@ def whole_or_nothing(target: Path, *, force: bool = False) -> Iterator[Path]:
         if target.exists():  # no rename replaces a folder that is not empty
             replaced = partial.with_name(partial.name + ".old")
             target.rename(replaced)
-            partial.rename(target)
+            try:
+                partial.rename(target)
+            except OSError:
+                replaced.rename(target)
+                raise
             shutil.rmtree(replaced)
         else:
             partial.rename(target)
+    except OSError as error:  # a full disk, most of all
+        raise ExportError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

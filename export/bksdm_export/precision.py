@@ -4,6 +4,9 @@ The fp16 graph is the export of the module in half precision, not a conversion o
 each dtype as it does on a GPU (timestep embeddings in fp32, a mask that stays finite), and the graph is strongly typed,
 as TensorRT wants it. Of the converters, onnxruntime.transformers.float16 casts by lists of operators (Resize in fp32,
 the timestep embedding in fp16) and clips weights; neither comes from a measurement.
+
+Ranges are measured and not waited for: ONNX Runtime's CPU provider computes fp16 nodes in fp32 and drops casts between
+them, so that a graph may pass there and overflow on a GPU.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def measure_ranges(module: torch.nn.Module, cases: Sequence[Case]) -> Ranges:
     return ranges
 
 
-def find_islands(ranges: Ranges) -> tuple[Island, ...]:
+def find_islands(component: str, ranges: Ranges) -> tuple[Island, ...]:
     """The smallest modules that hold every value past LIMIT and whose own outputs are within it.
 
     Raises ExportError where the component's output itself is not.
@@ -67,7 +70,9 @@ def find_islands(ranges: Ranges) -> tuple[Island, ...]:
             while island and ranges.outputs[island] > LIMIT:
                 island = island.rpartition(".")[0]
             if ranges.outputs[island] > LIMIT:
-                raise ExportError(f"cannot be fp16: its output reaches {peak:,.0f}, fp16 ends at {FP16_MAX:,.0f}")
+                raise ExportError(
+                    f"{component} cannot be fp16: its output reaches {peak:,.0f}, fp16 ends at {FP16_MAX:,.0f}"
+                )
             found[island] = max(peak, found.get(island, 0.0))
     outermost = [path for path in found if not any(_contains(other, path) for other in found)]
     return tuple(
@@ -100,7 +105,7 @@ def store_fp16(model: ir.Model) -> None:
     for value in list(graph.initializers.values()):
         tensor = value.const_value
         is_weight = (value.name or "").endswith((".weight", ".weight_transposed"))
-        if not is_weight or tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2:
+        if not is_weight or tensor is None or tensor.dtype != ir.DataType.FLOAT or _is_vector(tensor):
             continue
         weights = tensor.numpy()
         if np.abs(weights).max(initial=0) > FP16_MAX:
@@ -115,6 +120,11 @@ def store_fp16(model: ir.Model) -> None:
         casts.append(cast)
     if casts:
         graph.insert_before(graph[0], casts)
+
+
+def _is_vector(tensor: ir.TensorProtocol) -> bool:
+    """Also a norm's [C, 1, 1]."""
+    return sum(int(axis) > 1 for axis in tensor.shape) < 2
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from bksdm_export.divergence import first_divergence
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_target, whole_or_nothing
 from bksdm_export.precision import Island, find_islands, measure_ranges, store_fp16, to_half
-from bksdm_export.reference import Reference, make_reference, plan
+from bksdm_export.reference import Case, Reference, make_reference, plan
 from bksdm_export.report import GraphFacts
 from bksdm_export.verify import TOLERANCES, Parity, verify_component, verify_pictures
-from bksdm_export.wrappers import wrap
+from bksdm_export.wrappers import Wrapper, wrap
 from bksdm_runtime import bundle as bundles
-from bksdm_runtime.bundle import Bundle
+from bksdm_runtime.bundle import Bundle, BundleError, Component
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +55,14 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
     goes first and is freed part by part, and only then do the graphs run. Raises ExportError, CheckpointError.
     """
     check_target(request.output, force=request.force)
-    precision, storage = _dtypes(request)
+    kind = precision, storage = _kind(request)
 
     progress("loading the checkpoint")
     checkpoint = load(request)
     facts = graphs.model_facts(checkpoint)
     pictures = plan(facts, request.depth)
 
-    progress(f"PyTorch draws {len(pictures)} pictures to compare with")
-    reference = make_reference(checkpoint, facts, pictures)
+    reference = make_reference(checkpoint, facts, pictures, progress)
 
     with whole_or_nothing(request.output, force=request.force) as folder:
         bundle_files.write_all_but_graphs(checkpoint, folder)
@@ -75,46 +74,49 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
         exported: dict[str, GraphFacts] = {}
         for name, component in components.items():
             progress(f"{name}: PyTorch to ONNX")
-            started = time.perf_counter()
-            module = modules.pop(name)
-            islands: tuple[Island, ...] = ()
-            if precision == "fp16":
-                islands = find_islands(measure_ranges(module, reference.cases[name]))
-                to_half(module, islands)
-            program = to_onnx.to_exported_program(module, component)
-            model = to_onnx.to_onnx(program, component)
-            if storage != precision:
-                store_fp16(model)
-            to_onnx.save(model, folder / component.path)
-            seconds = time.perf_counter() - started
-            exported[name] = GraphFacts(
-                nodes=len(model.graph), bytes=to_onnx.weight_bytes(model), seconds=seconds, islands=islands
-            )
-            del module, program, model
+            path = folder / component.path
+            exported[name] = export_graph(path, name, modules.pop(name), component, reference.cases[name], kind)
             gc.collect()  # an exported program is a ring of references
 
         unproven = bundle_files.manifest(
             variant, source, licence, facts, components, precision=precision, storage=storage
         )
         bundle = Bundle(folder, unproven, json.loads((folder / bundles.SCHEDULER_CONFIG).read_text()), sha256="")
-        compared = {}
-        for name, cases in reference.cases.items():
-            progress(f"{name}: comparing with PyTorch ({len(cases)} cases)")
-            compared[name] = verify_component(bundle, name, cases)
-        progress(f"drawing {len(pictures)} pictures with the exported graphs")
-        parity = Parity(TOLERANCES[precision, storage], compared, verify_pictures(bundle, reference))
+        parity = _compare(bundle, reference, progress)
+        page = request.output.with_name(request.output.name + ".failed.html")
         if failures := parity.failures():
             progress("over tolerance: looking for the node where the error appears")
             why = "; ".join([*failures, *_where(request, bundle, reference, parity)])
-            page = request.output.with_name(request.output.name + ".failed.html")
             report.write_failure(page, parity, exported, unproven, why)
             raise ExportError(f"the graphs are not PyTorch's: {why} (pictures and figures: {page})")
 
         progress("writing the bundle")
         figures = report.write(folder, parity, exported, unproven)
         bundle_files.write_manifest(folder, unproven, figures)
-        bundles.load(folder, verify=False)  # the hashes are seconds old; everything else is checked
+        _open(folder)
+    page.unlink(missing_ok=True)  # of an earlier try
     return request.output
+
+
+def export_graph(
+    path: Path, name: str, module: Wrapper, component: Component, cases: Sequence[Case], kind: tuple[str, str]
+) -> GraphFacts:
+    """Write one component's graph. The module is used up: in fp16 its weights are turned in place.
+
+    cases: real inputs, in which an fp16 graph's islands are measured; kind: (precision, storage).
+    """
+    precision, storage = kind
+    started = time.perf_counter()
+    islands: tuple[Island, ...] = ()
+    if precision == "fp16":
+        islands = find_islands(name, measure_ranges(module, cases))
+        to_half(module, islands)
+    model = to_onnx.to_onnx(to_onnx.to_exported_program(module, component), component)
+    if storage != precision:
+        store_fp16(model)
+    to_onnx.save(model, path)
+    seconds = time.perf_counter() - started
+    return GraphFacts(nodes=len(model.graph), bytes=to_onnx.weight_bytes(model), seconds=seconds, islands=islands)
 
 
 def load(request: ExportRequest) -> Checkpoint:
@@ -127,6 +129,25 @@ def load(request: ExportRequest) -> Checkpoint:
         allow_pickle=request.allow_pickle,
         seed=request.seed,
     )
+
+
+def _compare(bundle: Bundle, reference: Reference, progress: Callable[[str], None]) -> Parity:
+    """Every graph and every picture against PyTorch."""
+    compared = {}
+    for name, cases in reference.cases.items():
+        progress(f"{name}: comparing with PyTorch ({len(cases)} cases)")
+        compared[name] = verify_component(bundle, name, cases)
+    progress(f"drawing {len(reference.pictures)} pictures with the exported graphs")
+    pictures = verify_pictures(bundle, reference)
+    return Parity(TOLERANCES[bundle.manifest.precision, bundle.manifest.storage], compared, pictures)
+
+
+def _open(folder: Path) -> None:
+    """Read the bundle as its users will. Raises ExportError."""
+    try:
+        bundles.load(folder, verify=False)  # the hashes are seconds old; everything else is checked
+    except BundleError as error:
+        raise ExportError(f"the bundle is not one that its reader takes: {error}") from error
 
 
 def _where(request: ExportRequest, bundle: Bundle, reference: Reference, parity: Parity) -> list[str]:
@@ -147,7 +168,7 @@ def _where(request: ExportRequest, bundle: Bundle, reference: Reference, parity:
     return []
 
 
-def _dtypes(request: ExportRequest) -> tuple[str, str]:
+def _kind(request: ExportRequest) -> tuple[str, str]:
     """Precision and storage, checked. Raises ExportError."""
     precision, storage = request.precision, request.storage or request.precision
     if (precision, storage) not in TOLERANCES:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from bksdm.checkpoint import Checkpoint
 from bksdm_export.wrappers import Wrapper, wrap
 from bksdm_runtime.bundle import ModelFacts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,12 @@ def plan(facts: ModelFacts, depth: str = "quick") -> tuple[PictureRequest, ...]:
     return tuple(pictures)
 
 
-def make_reference(checkpoint: Checkpoint, facts: ModelFacts, requests: Sequence[PictureRequest]) -> Reference:
+def make_reference(
+    checkpoint: Checkpoint,
+    facts: ModelFacts,
+    requests: Sequence[PictureRequest],
+    progress: Callable[[str], None] = log.info,
+) -> Reference:
     """Draw the pictures with diffusers' StableDiffusionPipeline in float32, and keep calls of every component.
 
     The scheduler is PNDM with the checkpoint's settings; noise comes from a CPU generator with the request's seed.
@@ -95,7 +103,10 @@ def make_reference(checkpoint: Checkpoint, facts: ModelFacts, requests: Sequence
         text_encoder=checkpoint.text_encoder,
         tokenizer=checkpoint.tokenizer,
         unet=checkpoint.unet,
-        scheduler=cast(Any, diffusers.PNDMScheduler.from_config(dict(checkpoint.scheduler_config))),
+        scheduler=cast(
+            Any,  # PLMS whatever the settings are of, as the runtime's pndm
+            diffusers.PNDMScheduler.from_config(dict(checkpoint.scheduler_config), skip_prk_steps=True),
+        ),
         safety_checker=None,  # pyright: ignore[reportArgumentType] - None is how diffusers' own loader leaves these out
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
@@ -104,7 +115,8 @@ def make_reference(checkpoint: Checkpoint, facts: ModelFacts, requests: Sequence
     latents: list[NDArray[np.float32]] = []
     unet_calls: list[Case] = []
     with torch.no_grad():
-        for request in requests:
+        for number, request in enumerate(requests, 1):
+            progress(f"PyTorch draws picture {number} of {len(requests)}, {_size(request)}, to compare with")
             with _recorded(checkpoint.unet) as calls:
                 result: Any = pipeline(
                     prompt=request.prompt,

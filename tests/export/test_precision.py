@@ -43,7 +43,9 @@ def test_ranges_are_those_of_the_modules_themselves(build_smallest: Callable[...
     case = decoder_case()
     kept: dict[str, float] = {}
     for name, module in decoder.named_modules():
-        module.register_forward_hook(lambda _m, _a, out, name=name: kept.__setitem__(name, float(out.abs().max())))
+        module.register_forward_hook(  # some run twice
+            lambda _m, _a, out, name=name: kept.__setitem__(name, max(float(out.abs().max()), kept.get(name, 0.0)))
+        )
     ranges = measure_ranges(decoder, [case])
     assert ranges.outputs.keys() == kept.keys()
     assert ranges.outputs == pytest.approx(kept)
@@ -59,7 +61,7 @@ def test_attention_logits_are_measured(build_smallest: Callable[..., Checkpoint]
         attention.to_k.weight *= 1e4  # pyright: ignore
     ranges = measure_ranges(decoder, [decoder_case()])
     assert ranges.inside["decoder.mid_block.attentions.0"] > 1e7
-    [island] = find_islands(ranges)
+    [island] = find_islands("vae_decoder", ranges)
     assert island.module == "decoder.mid_block.attentions.0"
 
 
@@ -74,22 +76,22 @@ def test_an_island_is_the_smallest_module_whose_output_is_in_range() -> None:
         inside={"a.b.c": 1e6, "a.b": 10.0, "d": 1.0},
         outputs={"": 1.0, "a": 5.0, "a.b": 100.0, "a.b.c": 1e6, "d": 1.0},
     )
-    assert find_islands(ranges) == (Island("a.b", 1e6),)
+    assert find_islands("vae_decoder", ranges) == (Island("a.b", 1e6),)
 
 
 def test_an_island_within_an_island_is_one() -> None:
     ranges = Ranges(inside={"a": 5e4, "a.b": 9e4}, outputs={"": 1.0, "a": 1.0, "a.b": 1.0})
-    assert find_islands(ranges) == (Island("a", 9e4),)
+    assert find_islands("vae_decoder", ranges) == (Island("a", 9e4),)
 
 
 def test_half_of_the_range_is_left_to_other_inputs() -> None:
-    assert find_islands(Ranges({"a": 32_000.0}, {"": 1.0, "a": 1.0})) == ()
-    assert find_islands(Ranges({"a": 33_000.0}, {"": 1.0, "a": 1.0})) == (Island("a", 33_000.0),)
+    assert find_islands("unet", Ranges({"a": 32_000.0}, {"": 1.0, "a": 1.0})) == ()
+    assert find_islands("unet", Ranges({"a": 33_000.0}, {"": 1.0, "a": 1.0})) == (Island("a", 33_000.0),)
 
 
 def test_a_component_whose_output_overflows_cannot_be_fp16() -> None:
-    with pytest.raises(ExportError, match="its output reaches 70,000"):
-        find_islands(Ranges({"a": 7e4}, {"": 7e4, "a": 7e4}))
+    with pytest.raises(ExportError, match="unet cannot be fp16: its output reaches 70,000"):
+        find_islands("unet", Ranges({"a": 7e4}, {"": 7e4, "a": 7e4}))
 
 
 def test_nan_in_an_intermediate_result_is_no_small_value(build_smallest: Callable[..., Checkpoint]) -> None:
@@ -120,7 +122,7 @@ def test_an_overflow_is_found_kept_in_fp32_and_the_picture_stays(
     checkpoint = overflowing(build_smallest())
     with torch.no_grad():
         expected = checkpoint.vae.decode(torch.from_numpy(case.inputs["latent_sample"])).sample.numpy()
-    islands = find_islands(measure_ranges(wrap(checkpoint, "vae_decoder"), [case]))
+    islands = find_islands("vae_decoder", measure_ranges(wrap(checkpoint, "vae_decoder"), [case]))
     assert [island.module for island in islands] == ["decoder.mid_block.resnets.0"]
     assert islands[0].peak > 65_504
 
@@ -135,9 +137,14 @@ def test_an_overflow_is_found_kept_in_fp32_and_the_picture_stays(
     assert {stored[name] for name in inside} == {onnx.TensorProto.FLOAT}
     assert stored["decoder.mid_block.resnets.1.conv1.weight"] == onnx.TensorProto.FLOAT16
 
-    # And the island is needed: without it the same picture is lost.
-    bare = export_half(overflowing(build_smallest()), "vae_decoder", tmp_path / "bare" / "model.onnx", ())
-    assert not np.abs(run(bare, latent_sample=latents) - expected).max() < 0.1 * np.abs(expected).max()
+    # And the island is needed. Shown in torch, because ONNX Runtime's CPU provider computes fp16 nodes in fp32.
+    for kept, finite in ((islands, True), ((), False)):
+        module = wrap(overflowing(build_smallest()), "vae_decoder")
+        to_half(module, kept)
+        with torch.no_grad():
+            image = module(torch.from_numpy(latents)).float().numpy()
+        assert np.isfinite(image).all() == finite
+        assert (np.abs(image - expected).max() < 1e-2 * np.abs(expected).max()) == finite  # measured 1.5e-3
 
 
 def test_the_mini_needs_no_island(exported: Callable[..., Path]) -> None:
