@@ -17,7 +17,7 @@ def generate(
     steps: int,
     guidance_scale: float,
     seed: int,
-    on_step: Callable[[int], None],
+    on_step: Callable[[int], object],
     batch_size: int | None = None,
 ) -> list[Image.Image]:
     """RGB pictures of the captions at the bundle's own size, in order.

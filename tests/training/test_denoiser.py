@@ -3,14 +3,14 @@ from diffusers import DDPMScheduler
 
 from bksdm import checkpoint
 from bksdm_training.config import PRESETS
-from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, min_snr_weights, silence_unseen_tokens
+from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, loss_weights, silence_unseen_tokens
 from bksdm_training.vae import build_vae
 
 
-def test_min_snr_weights_equal_the_paper_formula():
+def test_loss_weights_are_snr_plus_one_on_the_picture_bounded():
     alphas = DDPMScheduler.from_config(SCHEDULER_CONFIG).alphas_cumprod.double()
-    expected = torch.tensor([min(a / (1 - a), 5.0) / (a / (1 - a)) for a in alphas.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(min_snr_weights(alphas, 5.0), expected, rtol=1e-12, atol=0)
+    expected = torch.tensor([min(1 / (1 - a), 5.0) * (1 - a) / a for a in alphas.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(loss_weights(alphas, 5.0), expected, rtol=1e-12, atol=0)
 
 
 def test_the_denoiser_has_the_stage_pattern_of_sd_v1():

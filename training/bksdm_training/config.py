@@ -63,7 +63,7 @@ class TeacherConfig:
     # Learning rate factor of the token table. A row is trained only when its word comes up, once in dozens of steps;
     # without this the contexts of "a red apple" and "a green apple" were 0.97 alike after 60 epochs.
     embedding_rate: float = 10.0
-    min_snr_gamma: float = 5.0  # arXiv 2303.09556
+    snr_gamma: float = 5.0  # bound of the loss weight, see denoiser.loss_weights
     vae: LoopConfig = field(
         default_factory=lambda: LoopConfig(
             steps=5500, batch_size=8, learning_rate=1e-3, warmup=50, ema_decay=0.995, bf16=True

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
@@ -18,7 +19,7 @@ from bksdm_training.charts import save_grid
 from bksdm_training.checkpointing import digest, restore_module
 from bksdm_training.config import TeacherConfig
 from bksdm_training.data import Order, Pictures, encode, seeded, tokenize
-from bksdm_training.vae import encode_moments
+from bksdm_training.vae import decode, encode_moments
 
 # Stable Diffusion v1's noise schedule and sampler settings
 SCHEDULER_CONFIG: dict[str, object] = {
@@ -51,9 +52,9 @@ class Denoiser(nn.Module):
                 max_position_embeddings=77,
                 hidden_act="quick_gelu",
                 projection_dim=config.text_width,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=cast(int, tokenizer.bos_token_id),
+                eos_token_id=cast(int, tokenizer.eos_token_id),
+                pad_token_id=cast(int, tokenizer.pad_token_id),
             )
         )
         self.unet = UNet2DConditionModel(
@@ -101,8 +102,8 @@ def train_denoiser(
     tokens = tokenize(tokenizer, pictures.captions)
     order = Order(len(pictures), config.unet.batch_size, config.unet.seed)
     made_on = "autoencoder " + digest(vae.state_dict())  # another one's latents would be noise to these weights
-    alphas = DDPMScheduler.from_config(SCHEDULER_CONFIG).alphas_cumprod
-    weights = min_snr_weights(alphas, config.min_snr_gamma)
+    alphas = cast(DDPMScheduler, DDPMScheduler.from_config(SCHEDULER_CONFIG)).alphas_cumprod
+    weights = loss_weights(alphas, config.snr_gamma)
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = order.batch(step)
@@ -114,7 +115,7 @@ def train_denoiser(
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         eps = model(noisy.to(device), timesteps.to(device), ids.to(device))
         error = (eps.float() - noise.to(device)).square().mean((1, 2, 3))
-        return {"noise_mse": (error * weights[timesteps].to(device)).mean()}
+        return {"weighted_noise_mse": (error * weights[timesteps].to(device)).mean()}
 
     def on_checkpoint(step: int, _: nn.Module) -> None:
         pictures = sample(model, vae, tokenizer, shown, device=device)
@@ -135,10 +136,14 @@ def train_denoiser(
     return model
 
 
-def min_snr_weights(alphas_cumprod: Tensor, gamma: float) -> Tensor:
-    """Loss weight of each timestep for noise prediction, min(SNR, gamma) / SNR (arXiv 2303.09556): [T]."""
+def loss_weights(alphas_cumprod: Tensor, gamma: float) -> Tensor:
+    """Loss weight of each timestep for noise prediction, min(SNR + 1, gamma) / SNR: [T].
+
+    On the predicted picture that is SNR + 1 (progressive distillation, arXiv 2202.00512, equation 10), bounded as in
+    min-SNR (arXiv 2303.09556). Unweighted noise prediction weighs the picture's error by SNR alone, next to nothing
+    where the noise is high and the caption decides what is drawn."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / snr
+    return (snr + 1).clamp(max=gamma) / snr
 
 
 @torch.no_grad()
@@ -147,7 +152,7 @@ def silence_unseen_tokens(text_encoder: CLIPTextModel, seen: Tensor) -> None:
 
     They still hold their random initial values (decayed), so an unknown word would act as noise; as zero it adds
     nothing but its position."""
-    embedding = text_encoder.get_input_embeddings().weight
+    embedding = cast(nn.Embedding, text_encoder.get_input_embeddings()).weight
     keep = torch.zeros(len(embedding), dtype=torch.bool)
     keep[seen.unique()] = True
     embedding[~keep] = 0
@@ -166,14 +171,15 @@ def sample(
     seed: int = 0,
 ) -> Tensor:
     """Pictures [N, 3, H, W] in [-1, 1] of the prompts, on the CPU; picture i starts from noise of seed + i."""
-    scheduler = PNDMScheduler.from_config(SCHEDULER_CONFIG)
+    scheduler = cast(PNDMScheduler, PNDMScheduler.from_config(SCHEDULER_CONFIG))
     scheduler.set_timesteps(steps)
     size = int(model.unet.config["sample_size"])
     noise = [torch.randn((4, size, size), generator=seeded(seed, i)) for i in range(len(prompts))]
     latents = torch.stack(noise).to(device)
     context = model.context(encode(tokenizer, [""] * len(prompts) + list(prompts)).to(device))
-    for timestep in scheduler.timesteps:
+    for timestep in cast(Tensor, scheduler.timesteps):
         eps = model.unet(torch.cat([latents] * 2), timestep, context).sample.float()
         blank, caption = eps.chunk(2)
-        latents = scheduler.step(blank + guidance * (caption - blank), timestep, latents).prev_sample
-    return vae.decode(latents / vae.config["scaling_factor"]).sample.float().cpu().clamp(-1, 1)
+        guided = blank + guidance * (caption - blank)
+        latents = scheduler.step(guided, cast(int, timestep), latents, return_dict=False)[0]
+    return decode(vae, latents / vae.config["scaling_factor"]).cpu().clamp(-1, 1)

@@ -20,7 +20,7 @@ from bksdm_training.checkpointing import ResumeError
 from bksdm_training.config import TeacherConfig
 from bksdm_training.data import DataError, read_folder
 from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, sample, train_denoiser
-from bksdm_training.vae import psnr, train_vae
+from bksdm_training.vae import move, psnr, train_vae
 
 SHOWN = 32  # captions in a sample grid
 
@@ -45,7 +45,7 @@ def train_teacher(
     tokenizer = checkpoint.tokenizer()
 
     begin = checkpoint.load(init) if init else None
-    vae = begin.vae.to(device) if begin else train_vae(pictures, config, output / "vae", device)
+    vae = move(begin.vae, device) if begin else train_vae(pictures, config, output / "vae", device)
     shown = _spread([texts[0] for texts in pictures.captions], SHOWN)
     model = train_denoiser(pictures, vae, tokenizer, config, output / "unet", device, shown, begin)
 
@@ -65,8 +65,7 @@ def train_teacher(
         folder,
         dtype=dtype,
     )
-    for part in (model, vae):
-        part.to(device)  # saving moved them to the CPU
+    model, vae = model.to(device), move(vae, device)  # saving needed them on the CPU
     grids = {"train": shown, "unseen": _spread([texts[0] for texts in unseen.captions], SHOWN)}
     _draw(output, model, vae, tokenizer, grids, device)
     facts = {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import FloatTensor, Tensor, nn
 
 from bksdm_training import loop
 from bksdm_training.charts import save_grid
@@ -21,13 +23,29 @@ def build_vae(config: TeacherConfig) -> AutoencoderKL:
         in_channels=3,
         out_channels=3,
         latent_channels=4,
-        block_out_channels=config.vae_channels,
+        # diffusers annotates its tuples as of one element
+        block_out_channels=config.vae_channels,  # pyright: ignore[reportArgumentType]
         layers_per_block=config.vae_layers,
         norm_num_groups=config.vae_groups,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
         sample_size=config.size,
     )
+
+
+def encode(vae: AutoencoderKL, x: Tensor) -> DiagonalGaussianDistribution:
+    """Pictures [B, 3, H, W] in [-1, 1] -> the distribution of their latents [B, 4, H / 8, W / 8], unscaled."""
+    return cast(DiagonalGaussianDistribution, vae.encode(x, return_dict=False)[0])
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Unscaled latents [B, 4, h, w] -> pictures [B, 3, 8 h, 8 w] float32, about [-1, 1]."""
+    return cast(Tensor, vae.decode(cast(FloatTensor, latents), return_dict=False)[0]).float()
+
+
+def move(vae: AutoencoderKL, device: torch.device) -> AutoencoderKL:
+    """`vae.to(device)`, whose annotations diffusers' decorators hide."""
+    return cast(AutoencoderKL, nn.Module.to(vae, device))
 
 
 def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, device: torch.device) -> AutoencoderKL:
@@ -44,20 +62,20 @@ def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, device: t
         pixels = pictures.pixels[order.batch(step)]
         pixels = random_crop(pixels, config.crop, generator) if step <= whole_from else pixels[:whole_batch]
         x = to_model_range(pixels).to(device, memory_format=torch.channels_last)
-        latent = vae.encode(x).latent_dist
+        latent = encode(vae, x)
         noise = torch.randn(latent.mean.shape, generator=generator).to(device)
-        rebuilt = vae.decode(latent.mean + latent.std * noise).sample
+        rebuilt = decode(vae, latent.mean + latent.std * noise)
         return {
-            "l1": (rebuilt.float() - x).abs().mean(),
+            "l1": (rebuilt - x).abs().mean(),
             "lpips": config.lpips_weight * lpips(rebuilt, x).mean(),
             "kl": config.kl_weight * 0.5 * (latent.mean.square() + latent.var - 1 - latent.logvar).float().mean(),
         }
 
     shown = to_model_range(pictures.pixels[:: max(1, len(pictures) // 8)][:8])
 
-    def on_checkpoint(step: int, _: torch.nn.Module) -> None:
+    def on_checkpoint(step: int, _: nn.Module) -> None:
         with torch.no_grad():
-            rebuilt = vae.decode(vae.encode(shown.to(device)).latent_dist.mode()).sample.float().cpu()
+            rebuilt = decode(vae, encode(vae, shown.to(device)).mode()).cpu()
         save_grid(torch.cat([shown, rebuilt]), folder / "samples.png", columns=len(shown))
 
     loop.run("vae", vae, loss_at, config.vae, folder, device=device, on_checkpoint=on_checkpoint)
@@ -71,7 +89,7 @@ def encode_moments(vae: AutoencoderKL, pictures: Pictures, device: torch.device,
     """Mean and standard deviation of every picture's latents, unscaled: [N, 8, size / 8, size / 8] float32."""
     out = []
     for pixels in pictures.pixels.split(batch_size):
-        latent = vae.encode(to_model_range(pixels).to(device)).latent_dist
+        latent = encode(vae, to_model_range(pixels).to(device))
         out.append(torch.cat([latent.mean, latent.std], 1).float().cpu())
     return torch.cat(out)
 
@@ -82,7 +100,7 @@ def psnr(vae: AutoencoderKL, pictures: Pictures, device: torch.device, batch_siz
     out = []
     for pixels in pictures.pixels.split(batch_size):
         x = to_model_range(pixels).to(device)
-        rebuilt = vae.decode(vae.encode(x).latent_dist.mode()).sample.float().clamp(-1, 1)
+        rebuilt = decode(vae, encode(vae, x).mode()).clamp(-1, 1)
         out.append(10 * torch.log10(4 / (rebuilt - x).square().mean((1, 2, 3))))
     return torch.cat(out).mean().item()
 
