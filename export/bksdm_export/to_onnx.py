@@ -131,7 +131,11 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     scaled: Any = op.Mul(query, factor_like_query)
     transposed: Any = op.Transpose(key, perm=[0, 1, 3, 2])
     logits: Any = op.MatMul(scaled, transposed)  # [B, heads, tokens, tokens]
-    if attn_mask is not None:
+    if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:  # transformers 5; False is masked
+        # fp16's lowest number: its exponential is 0 in both precisions, and no row is masked from end to end
+        lowest: Any = op.CastLike(op.Constant(value_float=-65504.0), logits)
+        logits = op.Where(attn_mask, logits, lowest)
+    elif attn_mask is not None:
         logits = op.Add(logits, attn_mask)
     weights: Any = op.Softmax(logits, axis=-1)
     return op.MatMul(weights, value)

@@ -225,3 +225,29 @@ def test_an_axis_that_tracing_fixed_is_refused(mini_checkpoint: Checkpoint) -> N
     program = to_onnx.to_exported_program(Fixed(), spec)
     with pytest.raises(ValueError, match=r"sample is .* in the graph, not"):
         to_onnx.to_onnx(program, spec)
+
+
+class BoolMasked(torch.nn.Module):
+    """A text encoder's attention as transformers 5 writes it: the mask is of booleans, False where masked."""
+
+    output = "last_hidden_state"
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(100, width)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)[:, None]
+        mask = torch.ones(77, 77, dtype=torch.bool).tril().expand(x.shape[0], 1, 77, 77)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)[:, 0]
+
+
+def test_a_mask_of_booleans_was_added_as_if_it_were_numbers(mini_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    facts = graphs.model_facts(mini_checkpoint)
+    spec = graphs.components(facts, "fp32")["text_encoder"]
+    module = BoolMasked(facts.context_dim).eval()
+    to_onnx.save(to_onnx.to_onnx(to_onnx.to_exported_program(module, spec), spec), tmp_path / "model.onnx")
+    ids = torch.randint(0, 100, (3, 77), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = module(ids)
+    assert difference(tmp_path / "model.onnx", {"input_ids": ids.numpy()}, expected) <= TOLERANCE
