@@ -59,7 +59,8 @@ def test_a_changed_node_is_found(
     build_smallest: Callable[..., Checkpoint], mini_reference: Reference, tmp_path: Path
 ) -> None:
     model = graph(build_smallest(), "text_encoder", "fp32")
-    [node] = [node for node in model.graph if node.name == "text_model.encoder.layers.0.mlp.activation_fn/Sigmoid"]
+    # below "text_model." in transformers 4, which 5 has no more
+    [node] = [n for n in model.graph if str(n.name).endswith("encoder.layers.0.mlp.activation_fn/Sigmoid")]
     node.op_type = "Tanh"
     to_onnx.save(model, tmp_path / "model.onnx")
     case = mini_reference.cases["text_encoder"][0]
@@ -95,7 +96,7 @@ def test_an_error_of_the_exporter_itself_is_found_in_the_traced_program(
     to_onnx.save(graph(build_mini(), "text_encoder", "fp32"), tmp_path / "model.onnx")
     case = mini_reference.cases["text_encoder"][0]
     found = find(build_mini(), "text_encoder", tmp_path / "model.onnx", case)
-    assert found == "text_model.encoder.layers.0.self_attn/MatMul_1"
+    assert str(found).removeprefix("text_model.") == "encoder.layers.0.self_attn/MatMul_1"
 
 
 def test_a_right_graph_has_no_divergence(
