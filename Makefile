@@ -3,6 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PROMPT ?= a red apple
 export OUTPUT ?= out/picture.png
+GUIDANCE ?= 2# what suits the demo model, see its card
+SLOW ?= tests
 RUN := .venv-run
 DEV := .venv
 NEWEST := .venv-newest
@@ -12,7 +14,7 @@ BIN := $(DEV)/bin
 
 run: $(RUN)/.ready
 	@mkdir -p "$$(dirname "$$OUTPUT")"
-	@$(RUN)/bin/bksdm-run -o "$$OUTPUT" -- "$$PROMPT"
+	@$(RUN)/bin/bksdm-run --guidance-scale $(GUIDANCE) -o "$$OUTPUT" -- "$$PROMPT"
 
 test: $(DEV)/.ready
 	$(BIN)/python -m pytest -m "not slow and not gpu"
@@ -32,7 +34,7 @@ contracts: $(DEV)/.ready
 	$(BIN)/lint-imports
 
 slow: $(DEV)/.ready           # full-size graphs, kills, whole trainings: minutes and gigabytes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(SLOW)
 
 wheel-check: $(DEV)/.ready    # what a user installs: the wheel with one extra, in an empty environment
 	PYTHON="$(PYTHON)" DEV="$(DEV)" bash .ci/wheel-check

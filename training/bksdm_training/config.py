@@ -40,7 +40,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """A narrow Stable Diffusion v1: the stage pattern of SD v1.4 at a width that trains from scratch in an hour.
+    """A narrow Stable Diffusion v1: the stage pattern of SD v1.4 at a width that trains from scratch on a CPU.
 
     17.4 M parameters in all, so that the family fits 40 MB in half precision. Four attention heads, not eight:
     at these widths eight would leave 4 channels a head, which CPU attention kernels run three times slower."""
@@ -69,7 +69,7 @@ class TeacherConfig:
             steps=5500, batch_size=8, learning_rate=1e-3, warmup=50, ema_decay=0.995, bf16=True
         )
     )
-    unet: LoopConfig = field(default_factory=lambda: LoopConfig(steps=4300, batch_size=32, learning_rate=8e-4))
+    unet: LoopConfig = field(default_factory=lambda: LoopConfig(steps=6000, batch_size=16, learning_rate=8e-4))
 
     def __post_init__(self) -> None:
         if self.size % 64:
@@ -77,7 +77,7 @@ class TeacherConfig:
 
 
 PRESETS = {
-    # two CPU cores, about two hours
+    # one CPU core: 5,500 steps of the autoencoder at 3.7 a second, 6,000 of the denoiser at 1.7 a second, measured
     "cpu": TeacherConfig(),
     # one data-centre GPU, minutes
     "cuda": TeacherConfig(
