@@ -61,8 +61,8 @@ class Reference:
 DEPTHS = ("quick", "full")
 
 
-# Quick pictures are at most this large. At 512 px the attention of one guided evaluation takes gigabytes in ONNX Runtime
-# (tiny's graph: 6.6 GB at the peak, 2.7 GB at this size), more than an export may use.
+# Quick pictures are at most this large. At 512 px the attention of one guided evaluation takes gigabytes in ONNX
+# Runtime (tiny: 6.6 GB at the peak of its process, 2.7 GB near this size), more than an export may use.
 QUICK_SIDE = 320
 
 
