@@ -124,7 +124,7 @@ def store_fp16(model: ir.Model) -> None:
 
 def _is_vector(tensor: ir.TensorProtocol) -> bool:
     """Also a norm's [C, 1, 1]."""
-    return sum(int(axis) > 1 for axis in tensor.shape) < 2
+    return sum(int(axis) > 1 for axis in tensor.shape.numpy()) < 2
 
 
 @contextmanager

@@ -133,7 +133,8 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     logits: Any = op.MatMul(scaled, transposed)  # [B, heads, tokens, tokens]
     if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:  # transformers 5; False is masked
         # fp16's lowest number: its exponential is 0 in both precisions, and no row is masked from end to end
-        lowest: Any = op.CastLike(op.Constant(value_float=-65504.0), logits)
+        lowest: Any = op.Constant(value_float=-65504.0)
+        lowest = op.CastLike(lowest, logits)
         logits = op.Where(attn_mask, logits, lowest)
     elif attn_mask is not None:
         logits = op.Add(logits, attn_mask)
