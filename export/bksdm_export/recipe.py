@@ -116,7 +116,9 @@ def export_graph(
         store_fp16(model)
     to_onnx.save(model, path)
     seconds = time.perf_counter() - started
-    return GraphFacts(nodes=len(model.graph), bytes=to_onnx.weight_bytes(model), seconds=seconds, islands=islands)
+    facts = GraphFacts(nodes=len(model.graph), bytes=to_onnx.weight_bytes(model), seconds=seconds, islands=islands)
+    to_onnx.release(model)
+    return facts
 
 
 def load(request: ExportRequest) -> Checkpoint:

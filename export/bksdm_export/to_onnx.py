@@ -10,7 +10,7 @@ import ast
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,14 @@ def translate(program: torch.export.ExportedProgram, component: Component) -> to
             input_names=[spec.name for spec in component.inputs],
             output_names=[spec.name for spec in component.outputs],
             custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
-            optimize=True,  # constant folding, rewrites, unused nodes, equal initializers and subexpressions
+            optimize=False,
             verbose=False,
         )
     if onnx_program is None:
         raise RuntimeError("torch.onnx.export returned no program")
+    before = dict(onnx_program.model.graph.initializers)
+    onnx_program.optimize()  # constant folding, rewrites, unused nodes, equal initializers and subexpressions
+    _release(value for name, value in before.items() if onnx_program.model.graph.initializers.get(name) is not value)
     return onnx_program
 
 
@@ -114,6 +117,17 @@ def save(model: ir.Model, path: Path) -> None:
 def weight_bytes(model: ir.Model) -> int:
     """Size of all initializers."""
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+def release(model: ir.Model) -> None:
+    """Let go of a saved model's weights."""
+    _release(model.graph.initializers.values())
+
+
+def _release(values: Iterable[ir.Value]) -> None:
+    # onnxscript's rewrite rules are global, and each keeps the last graph that it has seen, weights and all.
+    for value in values:
+        value.const_value = None
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
