@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +16,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from bksdm.checkpoint import Checkpoint
 from bksdm.errors import CheckpointError
 from bksdm_export import graphs, to_onnx
 from bksdm_export.errors import ExportError
-from bksdm_export.recipe import ExportRequest, export_variant
+from bksdm_export.recipe import ExportRequest, export_graph, export_variant
 from bksdm_export.reference import Reference
 from bksdm_export.verify import compare_picture
+from bksdm_export.wrappers import wrap
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.pipeline import Images, Pipeline
 from bksdm_runtime.request import Request
@@ -149,6 +153,18 @@ def test_an_export_killed_while_it_writes_leaves_no_bundle(smallest_folder: Path
     [left] = tmp_path.iterdir()
     assert left.name.startswith(".bundle.partial-")
     assert (left / "text_encoder" / "model.onnx").is_file()
+
+
+def test_an_exported_component_is_freed(build_smallest: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    """onnxscript's rewrite rules kept the weights of the last graphs: an export held every weight to its end."""
+    checkpoint = build_smallest()
+    component = graphs.components(graphs.model_facts(checkpoint), "fp32")["unet"]
+    weights = [weakref.ref(parameter) for parameter in checkpoint.unet.parameters()]
+    modules = [wrap(checkpoint, "unet")]
+    del checkpoint
+    export_graph(tmp_path / "model.onnx", "unet", modules.pop(), component, (), ("fp32", "fp32"))
+    gc.collect()
+    assert [weight for weight in weights if weight() is not None] == []
 
 
 @pytest.mark.slow
