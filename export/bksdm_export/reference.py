@@ -71,12 +71,12 @@ def plan(facts: ModelFacts, depth: str = "quick") -> tuple[PictureRequest, ...]:
 
     The small ones have odd numbers of latents in both directions, so that no level of the U-Net divides evenly.
     depth: "quick" stays within QUICK_SIDE and takes 4 steps, enough for PNDM's every branch (its last formula begins at
-    the fifth evaluation); "full" takes 25 steps at the model's own size, and draws more.
+    the fifth evaluation), or 12 where the model is small; "full" takes 25 at the model's own size, and draws more.
     """
     unit = facts.size_multiple
     side = facts.height if depth == "full" else min(facts.height, QUICK_SIDE - QUICK_SIDE % unit)
     low, high = (unit * (side // unit * quarters // 4 | 1) for quarters in (2, 3))
-    steps = 25 if depth == "full" else 4
+    steps = 25 if depth == "full" else 12 if facts.height <= QUICK_SIDE else 4
     pictures = [
         PictureRequest("a red apple on a white table", 0, side, side, steps),
         PictureRequest("a golden vase with flowers, oil painting", 1, low, high, steps, negative_prompt="blurry"),

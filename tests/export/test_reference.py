@@ -91,7 +91,7 @@ def test_unet_cases_cover_batches_timesteps_and_sizes_that_were_not_traced(mini_
     assert {shape[0] for shape in shapes} == {1, 2, 3}
     assert all(shape[2:] != (TRACED_SIZES["height"], TRACED_SIZES["width"]) for shape in shapes)
     timesteps = {float(t) for case in mini_reference.cases["unet"] for t in case.inputs["timestep"]}
-    assert {751.0, 1.0} <= timesteps  # 4 steps of "leading" spacing: 751, 501, 501, 251, 1
+    assert {914.0, 1.0} <= timesteps  # 12 steps of "leading" spacing: 914, 831, 831, 748, ... 1
     assert any(not t.is_integer() for t in timesteps)
 
 
