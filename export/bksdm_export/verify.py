@@ -41,9 +41,9 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
     ("fp32", "fp16"): Tolerance(
         {"text_encoder": 3e-3, "unet": 1e-2, "vae_decoder": 1e-2, "vae_encoder": 1e-2}, picture=3.0
     ),
-    # 1.0e-3, 1.8e-3, 1.1e-3, 1.8e-3; pictures 0.04
+    # 1.0e-3, 1.8e-3, 1.1e-3, 1.8e-3; pictures 0.04, and 0.35 with trained weights (the demo, 12 steps)
     ("fp16", "fp16"): Tolerance(
-        {"text_encoder": 1e-2, "unet": 1.5e-2, "vae_decoder": 1e-2, "vae_encoder": 1e-2}, picture=3.0
+        {"text_encoder": 1e-2, "unet": 1e-2, "vae_decoder": 1e-2, "vae_encoder": 1e-2}, picture=3.0
     ),
 }
 
