@@ -37,7 +37,7 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
     ("fp32", "fp32"): Tolerance(
         {"text_encoder": 5e-6, "unet": 1e-5, "vae_decoder": 3e-5, "vae_encoder": 2e-5}, picture=0.1
     ),
-    # What rounding the weights costs: 4.2e-4, 1.5e-3, 1.1e-3, 1.7e-3; pictures 0.03
+    # What rounding the weights costs: 7.3e-4, 1.5e-3, 1.1e-3, 1.7e-3; pictures 0.03
     ("fp32", "fp16"): Tolerance(
         {"text_encoder": 3e-3, "unet": 1e-2, "vae_decoder": 1e-2, "vae_encoder": 1e-2}, picture=3.0
     ),
