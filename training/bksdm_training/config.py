@@ -64,12 +64,14 @@ class TeacherConfig:
     # without this the contexts of "a red apple" and "a green apple" were 0.97 alike after 60 epochs.
     embedding_rate: float = 10.0
     snr_gamma: float = 5.0  # bound of the loss weight, see denoiser.loss_weights
+    # What the finished model is to be sampled with. Measured on 200 training captions: top-1 57.5 % at 2, 48.0 % at 4.
+    guidance_scale: float = 2.0
     vae: LoopConfig = field(
         default_factory=lambda: LoopConfig(
             steps=5500, batch_size=8, learning_rate=1e-3, warmup=50, ema_decay=0.995, bf16=True
         )
     )
-    unet: LoopConfig = field(default_factory=lambda: LoopConfig(steps=6000, batch_size=16, learning_rate=8e-4))
+    unet: LoopConfig = field(default_factory=lambda: LoopConfig(steps=9000, batch_size=16, learning_rate=8e-4))
 
     def __post_init__(self) -> None:
         if self.size % 64:
@@ -77,7 +79,7 @@ class TeacherConfig:
 
 
 PRESETS = {
-    # one CPU core: 5,500 steps of the autoencoder at 3.7 a second, 6,000 of the denoiser at 1.7 a second, measured
+    # one CPU core: 5,500 steps of the autoencoder at 3.7 a second, 9,000 of the denoiser at 1.7 a second, measured
     "cpu": TeacherConfig(),
     # one data-centre GPU, minutes
     "cuda": TeacherConfig(
