@@ -3,7 +3,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PROMPT ?= a red apple
 export OUTPUT ?= out/picture.png
-GUIDANCE ?= 2# what suits the demo model, see its card
 SLOW ?= tests
 RUN := .venv-run
 DEV := .venv
@@ -14,7 +13,7 @@ BIN := $(DEV)/bin
 
 run: $(RUN)/.ready
 	@mkdir -p "$$(dirname "$$OUTPUT")"
-	@$(RUN)/bin/bksdm-run --guidance-scale $(GUIDANCE) -o "$$OUTPUT" -- "$$PROMPT"
+	@$(RUN)/bin/bksdm-run -o "$$OUTPUT" -- "$$PROMPT"
 
 test: $(DEV)/.ready
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,8 @@ from bksdm.variants import VARIANTS, Variant
 __all__ = ["Checkpoint", "CheckpointError", "Licence", "demo_folder", "load", "save", "tokenizer", "variant_of"]
 
 CUSTOM = "custom"
+# What Stable Diffusion and BK-SDM are published and scored with, and what their users expect where nothing is said.
+GUIDANCE_SCALE = 7.5
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Checkpoint:
 
     variant: the name of a row of bksdm.variants, or "custom" (another width, for instance the demo).
     source: "nota-ai/bk-sdm-small@<revision>", a path, "demo", or "random(small, seed=0)".
-    image_size: default height and width in pixels.
+    image_size: default height and width in pixels; guidance_scale: what the model is meant to be sampled with.
     """
 
     variant: str
@@ -50,6 +54,7 @@ class Checkpoint:
     scheduler_config: dict[str, object]
     licence: Licence
     image_size: int
+    guidance_scale: float = GUIDANCE_SCALE
 
 
 def load(
@@ -78,6 +83,7 @@ def load(
         if not Path(unet).exists():
             raise CheckpointError(f"there is no {unet}: --unet names a folder with a trained U-Net")
         overlay = diffusers_folder.load_unet(Path(unet), allow_pickle=allow_pickle)
+    said: Mapping[str, object] = {}
     if weights == "random":
         parts, source, terms, claimed = _random(row, seed)
     elif weights is None:
@@ -85,6 +91,7 @@ def load(
     elif (path := demo_folder() if weights == "demo" else _existing(Path(weights))).is_dir():
         parts, source, terms, claimed = _from_folder(path, overlay, allow_pickle=allow_pickle)
         source = "demo" if weights == "demo" else source
+        said = diffusers_folder.record(path)
     else:
         architecture = row.architecture if row else None
         parts = single_file.load(path, architecture=architecture, allow_pickle=allow_pickle)
@@ -105,6 +112,7 @@ def load(
         scheduler_config=parts.scheduler_config,
         licence=terms,
         image_size=size,
+        guidance_scale=_guidance_scale(said, source),
     )
 
 
@@ -170,6 +178,13 @@ def _random(row: Variant | None, seed: int) -> _Loaded:
     words = vocabulary.clip(architecture.pad_token)
     parts = Components(text_encoder, unet, vae, words, dict(architecture.scheduler))
     return parts, f"random({row.name}, seed={seed})", licence.RANDOM, row.name
+
+
+def _guidance_scale(record: Mapping[str, object], source: str) -> float:
+    found = record.get("guidance_scale", GUIDANCE_SCALE)
+    if not isinstance(found, (int, float)) or isinstance(found, bool) or not 1 <= found < math.inf:
+        raise CheckpointError(f"{source}: its {diffusers_folder.RECORD} says guidance_scale {found}, not 1 or more")
+    return float(found)
 
 
 def _existing(path: Path) -> Path:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 PARTS = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
-RECORD = "bksdm.json"  # what diffusers' layout has no place for: our variant, where the weights came from, the licence
+# What diffusers' layout has no place for: our variant, where the weights came from, the licence, the guidance scale.
+RECORD = "bksdm.json"
 
 
 def load(folder: Path, *, unet: UNet2DConditionModel | None = None, allow_pickle: bool = False) -> Components:
@@ -77,7 +78,9 @@ def unet_folder(folder: Path) -> Path | None:
 
 
 def record(folder: Path) -> dict[str, object]:
-    """What save() wrote beside the weights: variant, source, licence; empty for a checkpoint of another's making."""
+    """What save() wrote beside the weights: variant, source, licence, guidance_scale.
+
+    Empty for a checkpoint of another's making."""
     return read_config(folder / RECORD) if (folder / RECORD).is_file() else {}
 
 
@@ -118,7 +121,12 @@ def _write(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> N
     write_json(folder / INDEX, _model_index(str(checkpoint.scheduler_config["_class_name"])))
     write_json(
         folder / RECORD,
-        {"variant": checkpoint.variant, "source": checkpoint.source, "licence": checkpoint.licence.name},
+        {
+            "variant": checkpoint.variant,
+            "source": checkpoint.source,
+            "licence": checkpoint.licence.name,
+            "guidance_scale": checkpoint.guidance_scale,
+        },
     )
     (folder / "LICENSE").write_text(checkpoint.licence.notice, encoding="utf-8")
     vocabulary.save(checkpoint.tokenizer, folder / "tokenizer")

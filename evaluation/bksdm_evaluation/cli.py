@@ -22,7 +22,7 @@ def commands() -> None:
 @click.option("--data", "folder", type=click.Path(path_type=Path), required=True, metavar="DIR", help="A split of it.")
 @click.option("--count", type=click.IntRange(1), default=200, show_default=True, help="Captions, evenly spread.")
 @click.option("--steps", type=click.IntRange(1), default=25, show_default=True)
-@click.option("--guidance-scale", type=float, default=7.5, show_default=True)
+@click.option("--guidance-scale", type=float, help="[default: the model's own]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Caption number i uses seed + i.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--threads", type=click.IntRange(1))
@@ -32,7 +32,7 @@ def retrieval(
     folder: Path,
     count: int,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     seed: int,
     batch_size: int,
     threads: int | None,
@@ -61,6 +61,8 @@ def retrieval(
         dataset = read_dataset(folder, opened.manifest.model.height)
         network = load_network()
         chosen = dataset.chosen(count)
+        if guidance_scale is None:
+            guidance_scale = opened.manifest.model.guidance_scale
         pipeline = Pipeline.open(opened, threads=threads)
         captions = [dataset.captions[i] for i in chosen]
         with tqdm(total=len(chosen), unit="picture", dynamic_ncols=True) as bar:

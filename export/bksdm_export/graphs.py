@@ -42,6 +42,7 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
         size_multiple=factor,
         height=checkpoint.image_size,
         width=checkpoint.image_size,
+        guidance_scale=checkpoint.guidance_scale,
     )
 
 

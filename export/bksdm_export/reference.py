@@ -29,7 +29,7 @@ class PictureRequest:
     height: int
     width: int
     steps: int
-    guidance_scale: float = 7.5
+    guidance_scale: float
     negative_prompt: str = ""
 
 
@@ -69,7 +69,8 @@ QUICK_SIDE = 320
 def plan(facts: ModelFacts, depth: str = "quick") -> tuple[PictureRequest, ...]:
     """The pictures that an export compares: a square one, and smaller ones off every grid, two of them at once.
 
-    The small ones have odd numbers of latents in both directions, so that no level of the U-Net divides evenly.
+    All at the model's own guidance but one, which is unguided. The small ones have odd numbers of latents in both
+    directions, so that no level of the U-Net divides evenly.
     depth: "quick" stays within QUICK_SIDE and takes 4 steps, enough for PNDM's every branch (its last formula begins at
     the fifth evaluation), or 12 where the model is small; "full" takes 25 at the model's own size, and draws more.
     """
@@ -77,16 +78,17 @@ def plan(facts: ModelFacts, depth: str = "quick") -> tuple[PictureRequest, ...]:
     side = facts.height if depth == "full" else min(facts.height, QUICK_SIDE - QUICK_SIDE % unit)
     low, high = (unit * (side // unit * quarters // 4 | 1) for quarters in (2, 3))
     steps = 25 if depth == "full" else 12 if facts.height <= QUICK_SIDE else 4
+    guidance = facts.guidance_scale
     pictures = [
-        PictureRequest("a red apple on a white table", 0, side, side, steps),
-        PictureRequest("a golden vase with flowers, oil painting", 1, low, high, steps, negative_prompt="blurry"),
-        PictureRequest("an orange cat wearing a blue hat", 1234, low, high, steps),
+        PictureRequest("a red apple on a white table", 0, side, side, steps, guidance),
+        PictureRequest("a golden vase with flowers, oil painting", 1, low, high, steps, guidance, "blurry"),
+        PictureRequest("an orange cat wearing a blue hat", 1234, low, high, steps, guidance),
         PictureRequest("snowy mountains at night", 2**32, high, low, steps, guidance_scale=1.0),
     ]
     if depth == "full":
         pictures += [
-            PictureRequest("a green tractor in a field", 5, side, side, steps),
-            PictureRequest("smiling face with sunglasses", 6, side, side, steps),
+            PictureRequest("a green tractor in a field", 5, side, side, steps, guidance),
+            PictureRequest("smiling face with sunglasses", 6, side, side, steps, guidance),
         ]
     return tuple(pictures)
 

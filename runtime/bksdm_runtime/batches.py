@@ -29,14 +29,14 @@ class Batch:
 def plan(
     requests: Sequence[Request], config: Mapping[str, object], vae_scale_factor: int, largest: int | None, budget: int
 ) -> list[Batch]:
-    """Group requests (height and width filled in) that agree in all that a batch shares; the first keep their order.
+    """Group requests (size and guidance filled in) that agree in all that a batch shares; the first keep their order.
 
     largest: the most to put in a batch, None for what fits `budget` bytes. Raises ScheduleError.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for position, request in enumerate(requests):
         strength = request.strength if request.init_image is not None else None
-        guided = request.guidance_scale > 1
+        guided = request.guidance > 1
         key = (request.size, request.sampler, request.steps, guided, strength)
         groups.setdefault(key, []).append(position)
     batches: list[Batch] = []
@@ -45,7 +45,7 @@ def plan(
         height, width = first.size
         strength = first.strength if first.init_image is not None else None
         schedule = make_schedule(config, steps=first.steps, sampler=first.sampler, strength=strength)
-        fits = batch_limit(height, width, vae_scale_factor, first.guidance_scale > 1, budget)
+        fits = batch_limit(height, width, vae_scale_factor, first.guidance > 1, budget)
         share = fits if largest is None else largest
         for start in range(0, len(positions), share):
             chosen = tuple(positions[start : start + share])

@@ -66,7 +66,7 @@ def _print_help(context: click.Context, _parameter: click.Parameter, wanted: boo
 @click.option("--negative-prompt", default="", metavar="TEXT", help="What the picture should not show.")
 @click.option("--steps", type=int, metavar="N", default=25, show_default=True)
 @click.option(
-    "--guidance-scale", type=float, metavar="X", default=7.5, show_default=True, help="1 is none, at half the work."
+    "--guidance-scale", type=float, metavar="X", help="1 is none, at half the work.  [default: the model's own]"
 )
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Picture number i uses seed + i.")
 @click.option(
@@ -113,7 +113,7 @@ def command(
     output: str | None,
     negative_prompt: str,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None,
     seed: int,
     count: int,
     height: int | None,

@@ -169,7 +169,7 @@ def _texts(request: Request, provenance: Provenance, height: int, width: int) ->
         "seed": str(request.seed),
         "steps": str(request.steps),
         "sampler": request.sampler,
-        "guidance_scale": repr(float(request.guidance_scale)),
+        "guidance_scale": repr(float(request.guidance)),
         "height": str(height),
         "width": str(width),
         "noise": request.noise,
@@ -195,7 +195,7 @@ def _parameters(request: Request, provenance: Provenance, height: int, width: in
     settings = {
         "Steps": str(request.steps),
         "Sampler": _TOOL_NAMES[request.sampler],
-        "CFG scale": f"{request.guidance_scale:g}",
+        "CFG scale": f"{request.guidance:g}",
         "Seed": str(request.seed),
         "Size": f"{width}x{height}",
         "Model hash": provenance.bundle[:10],

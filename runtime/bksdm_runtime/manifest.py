@@ -52,7 +52,8 @@ class FileRecord:
 class ModelFacts:
     """What the pipeline must know about the model.
 
-    height, width: default size in pixels, multiples of size_multiple; scaling_factor: latents are the VAE's times this.
+    height, width: default size in pixels, multiples of size_multiple; guidance_scale: the default, at least 1.
+    scaling_factor: latents are the VAE's times this.
     """
 
     tokens: int
@@ -63,6 +64,7 @@ class ModelFacts:
     size_multiple: int
     height: int
     width: int
+    guidance_scale: float
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def _manifest(fields: Fields) -> Manifest:
             size_multiple=model.integer("size_multiple", 1, 1024),
             height=model.integer("height", 1, 16384),
             width=model.integer("width", 1, 16384),
+            guidance_scale=model.number("guidance_scale"),
         ),
         components=components,
         files=files,
@@ -215,6 +218,8 @@ def _check_components(manifest: Manifest) -> None:
     facts = manifest.model
     if not facts.scaling_factor > 0:
         raise JsonError(f"model.scaling_factor must be positive, found {facts.scaling_factor}")
+    if not facts.guidance_scale >= 1:
+        raise JsonError(f"model.guidance_scale must be at least 1 (no guidance), found {facts.guidance_scale}")
     if facts.size_multiple % facts.vae_scale_factor:
         raise JsonError(
             f"model.size_multiple ({facts.size_multiple}) must be a multiple of "

@@ -53,7 +53,7 @@ class Step:
 class Images:
     """Finished pictures. positions: which of the requests they answer; pixels: [B, H, W, 3] uint8.
 
-    requests: those requests, with height and width filled in. batch_size: how many shared the U-Net evaluations;
+    requests: those requests, with size and guidance filled in. batch_size: how many shared the U-Net evaluations;
     batch_indices: where in that batch these stood.
     """
 
@@ -126,7 +126,7 @@ def check(
 
 
 def _resolve(bundle: Bundle, request: Request) -> Request:
-    """The request with its size filled in, checked against what the bundle can do."""
+    """The request with its size and guidance filled in, checked against what the bundle can do."""
     model = bundle.manifest.model
     height = model.height if request.height is None else request.height
     width = model.width if request.width is None else request.width
@@ -136,7 +136,8 @@ def _resolve(bundle: Bundle, request: Request) -> Request:
         raise RequestError(
             "this bundle has no VAE encoder, so it cannot start from a picture: export it again with one"
         )
-    return replace(request, height=height, width=width)
+    guidance = model.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    return replace(request, height=height, width=width, guidance_scale=guidance)
 
 
 class Pipeline:
@@ -220,7 +221,7 @@ class Pipeline:
     ) -> Generator[Step | Images, None, None]:
         contexts: dict[str, Array] = {}
         for batch in batches:
-            guided = batch.requests[0].guidance_scale > 1
+            guided = batch.requests[0].guidance > 1
             negatives = [request.negative_prompt for request in batch.requests] if guided else []
             texts = [*negatives, *(request.prompt for request in batch.requests)]
             if len(contexts) > _KEPT_CONTEXTS:
@@ -229,7 +230,7 @@ class Pipeline:
                 if text not in contexts:  # one at a time: a prompt's context must not depend on its company
                     contexts[text] = self.encode_text(text)
             context = np.stack([contexts[text] for text in texts])  # [2B, 77, D], or [B, 77, D] unguided
-            guidance = np.array([r.guidance_scale for r in batch.requests], np.float32) if guided else None
+            guidance = np.array([r.guidance for r in batch.requests], np.float32) if guided else None
             clean, noise = self._start(batch, pictures)
             latents = noise
             steps = sample(self._engines["unet"], batch.schedule, noise, context, guidance, clean)

@@ -27,8 +27,9 @@ class Request:
     """One picture to make. Raises RequestError on construction when a value is out of range.
 
     prompt, negative_prompt: any text, "" too. seed: as torch takes it, -2**63 to 2**64 - 1.
-    steps: sampler steps (PNDM evaluates the U-Net once more). guidance_scale: 1 (no guidance, half the work) or more.
-    height, width: pixels, None for the bundle's own. sampler: one of schedule.SAMPLERS.
+    steps: sampler steps (PNDM evaluates the U-Net once more).
+    guidance_scale: 1 (no guidance, half the work) or more; height, width: pixels; None for the bundle's own.
+    sampler: one of schedule.SAMPLERS.
     init_image: starts from this picture, resized to the size; strength: in (0, 1], how much of it is redone.
     noise: "cpu" or "cuda", whose torch generator the seed belongs to.
     """
@@ -37,7 +38,7 @@ class Request:
     negative_prompt: str = ""
     seed: int = 0
     steps: int = 25
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
     sampler: str = "pndm"
@@ -52,6 +53,13 @@ class Request:
             raise RequestError("the size is not chosen yet: give height and width")
         return self.height, self.width
 
+    @property
+    def guidance(self) -> float:
+        """The guidance scale. Raises RequestError while it is left to the bundle."""
+        if self.guidance_scale is None:
+            raise RequestError("the guidance is not chosen yet: give guidance_scale")
+        return self.guidance_scale
+
     def __post_init__(self) -> None:
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             _check_text(name, text)
@@ -60,7 +68,8 @@ class Request:
         for side, pixels in (("height", self.height), ("width", self.width)):
             if pixels is not None:
                 _check_integer(side, pixels, 1, MAX_SIDE)
-        _check_number("guidance_scale", self.guidance_scale, 1.0, MAX_GUIDANCE, " (1 is no guidance)")
+        if self.guidance_scale is not None:
+            _check_number("guidance_scale", self.guidance_scale, 1.0, MAX_GUIDANCE, " (1 is no guidance)")
         _check_number("strength", self.strength, 0.001, 1.0, " (1 redoes everything)")
         if self.sampler not in SAMPLERS:
             raise RequestError(f"sampler {self.sampler!r} is unknown: choose {', '.join(SAMPLERS)}")

@@ -182,6 +182,15 @@ def one_sentence(error: pytest.ExceptionInfo[CheckpointError]) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_the_guidance_scale_travels_and_is_stable_diffusions_where_nothing_is_said(
+    mini_checkpoint: Checkpoint, copy: Path, tmp_path: Path
+) -> None:
+    checkpoint.save(replace(mini_checkpoint, guidance_scale=2.0), tmp_path / "two")
+    assert checkpoint.load(str(tmp_path / "two")).guidance_scale == 2.0
+    (copy / "bksdm.json").unlink()
+    assert checkpoint.load(str(copy)).guidance_scale == 7.5
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -206,6 +215,8 @@ def one_sentence(error: pytest.ExceptionInfo[CheckpointError]) -> None:
         ),
         (lambda at: edit(at / "unet/config.json", block_out_channels="wide"), r"does not describe a UNet2DCondition"),
         (lambda at: edit(at / "unet/config.json", sample_size=None), r"sample_size is None"),
+        (lambda at: edit(at / "bksdm.json", guidance_scale="2"), r"says guidance_scale 2, not 1 or more"),
+        (lambda at: edit(at / "bksdm.json", guidance_scale=0.5), r"says guidance_scale 0\.5, not 1 or more"),
         (lambda at: edit(at / "text_encoder/config.json", hidden_size=64), r"text_encoder does not hold"),
         # transformers 5 reads the second of the two alone
         (

@@ -60,7 +60,7 @@ def test_the_pictures_are_the_pictures(exported: Callable[..., Path]) -> None:
 
 @pytest.fixture
 def failing() -> tuple[Parity, dict[str, GraphFacts]]:
-    request = PictureRequest("<script>alert(1)</script> & co", 7, 8, 8, 4)
+    request = PictureRequest("<script>alert(1)</script> & co", 7, 8, 8, 4, 7.5)
     picture = Picture(request, np.full((8, 8, 3), 0.5, np.float32))
     parity = Parity(
         Tolerance({"unet": 1e-5}, 0.1),

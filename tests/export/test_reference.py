@@ -16,7 +16,7 @@ from bksdm_runtime.bundle import ModelFacts
 
 
 def facts(side: int) -> ModelFacts:
-    return ModelFacts(77, 32, 4, 8, 0.18215, 8, side, side)
+    return ModelFacts(77, 32, 4, 8, 0.18215, 8, side, side, 7.5)
 
 
 @pytest.mark.parametrize("side", [64, 96, 128, 256, 512, 768])

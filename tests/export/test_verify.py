@@ -21,7 +21,7 @@ from bksdm_export.verify import (
 )
 from bksdm_runtime import bundle as bundles
 
-REQUEST = PictureRequest("a red apple", 0, 8, 8, 4)
+REQUEST = PictureRequest("a red apple", 0, 8, 8, 4, 7.5)
 TOLERANCE = Tolerance({"unet": 1e-5}, picture=0.1)
 
 

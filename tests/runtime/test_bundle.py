@@ -307,6 +307,7 @@ UNET_INPUTS = ("components", "unet", "inputs")
         (_set("model", "scaling_factor", value=10**400), "scaling_factor must be a number that fits"),
         (_set("model", "height", value=65), r"model\.height \(65\) must be a multiple"),
         (_set("model", "size_multiple", value=12), "size_multiple"),
+        (_set("model", "guidance_scale", value=0.5), "guidance_scale must be at least 1"),
         (_set("files", value=[]), "files must be an object"),
         (_set("files", "LICENSE", value=None), "LICENSE must be an object, found null"),
         (_set("files", "LICENSE", "sha256", value="ABC"), "64 lower-case hexadecimal digits"),

@@ -38,7 +38,7 @@ PROVENANCE = Provenance(
     threads=3,
 )
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
-REQUEST = Request("a red apple", seed=1, height=16, width=24)
+REQUEST = Request("a red apple", seed=1, guidance_scale=7.5, height=16, width=24)
 
 
 def chunks(path: Path) -> dict[str, str]:
@@ -178,7 +178,7 @@ def test_any_request_comes_back_exactly(tmp_path: Path, prompt: str, negative: s
 
 
 def test_image_to_image_remembers_its_picture(tmp_path: Path) -> None:
-    request = Request("a", height=16, width=24, init_image=tmp_path / "été.png", strength=0.55)
+    request = Request("a", guidance_scale=7.5, height=16, width=24, init_image=tmp_path / "été.png", strength=0.55)
     provenance = Provenance(**{**vars(PROVENANCE), "init_image": "ab" * 32})
     save_png(tmp_path / "b.png", PIXELS, request, provenance)
     assert read_request(tmp_path / "b.png") == (request, provenance)
@@ -186,7 +186,9 @@ def test_image_to_image_remembers_its_picture(tmp_path: Path) -> None:
 
 
 def test_the_chunks_are_there_by_name(tmp_path: Path) -> None:
-    request = Request("a red apple", "blurry", seed=7, steps=20, sampler="euler", height=16, width=24)
+    request = Request(
+        "a red apple", "blurry", seed=7, steps=20, guidance_scale=7.5, sampler="euler", height=16, width=24
+    )
     save_png(tmp_path / "a.png", PIXELS, request, PROVENANCE)
     found = chunks(tmp_path / "a.png")
     parameters = found.pop("parameters")
@@ -219,7 +221,9 @@ def test_the_chunks_are_there_by_name(tmp_path: Path) -> None:
 
 def test_parameters_parse_as_the_web_ui_parses_them(tmp_path: Path) -> None:
     """The expression is AUTOMATIC1111's re_param (modules/infotext_utils.py), applied to the last line as there."""
-    request = Request("苹果 on a “table”,\nSteps: many", height=16, width=24, seed=SEED_MAX, sampler="dpmsolver++")
+    request = Request(
+        "苹果 on a “table”,\nSteps: many", guidance_scale=7.5, height=16, width=24, seed=SEED_MAX, sampler="dpmsolver++"
+    )
     save_png(tmp_path / "a.png", PIXELS, request, PROVENANCE)
     *lines, last = chunks(tmp_path / "a.png")["parameters"].strip().split("\n")
     found = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
@@ -229,7 +233,7 @@ def test_parameters_parse_as_the_web_ui_parses_them(tmp_path: Path) -> None:
 
 
 def test_a_long_prompt_comes_back(tmp_path: Path) -> None:
-    request = Request("ñ apple " * 50_000, height=16, width=24)
+    request = Request("ñ apple " * 50_000, guidance_scale=2, height=16, width=24)
     save_png(tmp_path / "long.png", PIXELS, request, PROVENANCE)
     assert read_request(tmp_path / "long.png")[0] == request
 
@@ -276,7 +280,7 @@ def test_damaged_texts_are_one_sentence(tmp_path: Path, name: str, text: str | N
 
 
 def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
-    save_png(tmp_path / "a.png", PIXELS, Request("苹果", height=16, width=24), PROVENANCE)
+    save_png(tmp_path / "a.png", PIXELS, Request("苹果", guidance_scale=2, height=16, width=24), PROVENANCE)
     whole = (tmp_path / "a.png").read_bytes()
     random = np.random.default_rng(3)
     damaged = [whole[:length] for length in range(0, len(whole), 37)]

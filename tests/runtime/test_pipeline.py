@@ -87,7 +87,8 @@ class Reference:
         else:
             latents = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
         context = self.context(request.prompt)
-        guided = request.guidance_scale > 1
+        scale = 7.5 if request.guidance_scale is None else request.guidance_scale  # the toy bundle's own
+        guided = scale > 1
         if guided:
             context = torch.cat([self.context(request.negative_prompt), context])
         for timestep in timesteps:
@@ -95,7 +96,7 @@ class Reference:
             output = self.unet(model_input, timestep, context)
             if guided:
                 negative, positive = output.chunk(2)
-                output = negative + request.guidance_scale * (positive - negative)
+                output = negative + scale * (positive - negative)
             latents = scheduler.step(output, timestep, latents).prev_sample
         decoded = torch.nn.functional.conv2d(latents / SCALING, self.weights["decoder"])
         decoded = torch.nn.functional.interpolate(decoded, scale_factor=8, mode="nearest")
@@ -257,6 +258,29 @@ def test_guidance_is_one_batched_evaluation_and_none_at_1(counted: tuple[Pipelin
     assert set(engines["vae_decoder"].calls) == {1}
 
 
+def test_a_bundle_brings_its_own_guidance(
+    make_toy_bundle: Callable[..., Path], rewrite_manifest: Callable[..., None], tmp_path: Path
+) -> None:
+    folder = make_toy_bundle(tmp_path / "toy")
+    rewrite_manifest(folder, lambda content: content["model"].update(guidance_scale=2.5))
+    pipeline = Pipeline.open(folder, threads=1)
+    [own], [said] = (run(pipeline, [Request("a", steps=3, guidance_scale=scale)])[0] for scale in (None, 2.5))
+    np.testing.assert_array_equal(own, said)
+    [images] = [item for item in pipeline.generate([Request("a", steps=1)]) if isinstance(item, Images)]
+    assert images.requests[0].guidance_scale == 2.5
+
+
+def test_a_bundle_of_guidance_1_is_sampled_without(
+    make_toy_bundle: Callable[..., Path], rewrite_manifest: Callable[..., None], tmp_path: Path
+) -> None:
+    folder = make_toy_bundle(tmp_path / "toy")
+    rewrite_manifest(folder, lambda content: content["model"].update(guidance_scale=1))
+    pipeline = Pipeline.open(folder, threads=1)
+    unet = pipeline._engines["unet"] = Counting(pipeline._engines["unet"], "sample")
+    run(pipeline, [Request("a", steps=1)])
+    assert unet.calls == [1]
+
+
 def test_each_distinct_prompt_is_encoded_once(counted: tuple[Pipeline, dict[str, Counting]]) -> None:
     pipeline, engines = counted
     run(pipeline, [Request(prompt, steps=1, seed=i) for i, prompt in enumerate("aabba")], batch_size=2)
@@ -293,7 +317,7 @@ def test_steps_tell_where_the_loop_is(pipeline: Pipeline) -> None:
     assert {step.total for step in steps} == {26}
     assert [step.timestep for step in steps[:4]] == [961, 921, 921, 881]
     assert {step.latents.shape for step in steps} == {(1, 4, 8, 8)}
-    assert last.requests == (Request("a", steps=25, height=64, width=64),)
+    assert last.requests == (Request("a", steps=25, guidance_scale=7.5, height=64, width=64),)
 
 
 def test_kept_steps_are_not_written_over(pipeline: Pipeline) -> None:

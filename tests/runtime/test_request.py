@@ -16,9 +16,15 @@ def test_the_size_is_known_once_it_is_chosen() -> None:
         _ = Request("a", height=64).size
 
 
+def test_the_guidance_is_known_once_it_is_chosen() -> None:
+    assert Request("a", guidance_scale=3).guidance == 3
+    with pytest.raises(RequestError, match="the guidance is not chosen yet"):
+        _ = Request("a").guidance
+
+
 def test_the_defaults_are_the_papers_protocol() -> None:
     request = Request("a cat")
-    assert (request.steps, request.guidance_scale, request.sampler, request.seed) == (25, 7.5, "pndm", 0)
+    assert (request.steps, request.guidance_scale, request.sampler, request.seed) == (25, None, "pndm", 0)
 
 
 @pytest.mark.parametrize(

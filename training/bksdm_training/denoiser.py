@@ -118,7 +118,7 @@ def train_denoiser(
         return {"weighted_noise_mse": (error * weights[timesteps].to(device)).mean()}
 
     def on_checkpoint(step: int, _: nn.Module) -> None:
-        pictures = sample(model, vae, tokenizer, shown, device=device)
+        pictures = sample(model, vae, tokenizer, shown, device=device, guidance=config.guidance_scale)
         save_grid(pictures, folder / "samples.png", columns=8, captions=shown)
 
     loop.run(
@@ -167,7 +167,7 @@ def sample(
     *,
     device: torch.device,
     steps: int = 25,
-    guidance: float = 4.0,
+    guidance: float,
     seed: int = 0,
 ) -> Tensor:
     """Pictures [N, 3, H, W] in [-1, 1] of the prompts, on the CPU; picture i starts from noise of seed + i."""

@@ -61,13 +61,14 @@ def train_teacher(
             scheduler_config=dict(SCHEDULER_CONFIG),
             licence=licence,
             image_size=config.size,
+            guidance_scale=config.guidance_scale,
         ),
         folder,
         dtype=dtype,
     )
     model, vae = model.to(device), move(vae, device)  # saving needed them on the CPU
     grids = {"train": shown, "unseen": _spread([texts[0] for texts in unseen.captions], SHOWN)}
-    _draw(output, model, vae, tokenizer, grids, device)
+    _draw(output, model, vae, tokenizer, grids, device, config.guidance_scale)
     facts = {
         "config": asdict(config),
         "data": about,
@@ -91,9 +92,10 @@ def _draw(
     tokenizer: CLIPTokenizer,
     grids: dict[str, list[str]],
     device: torch.device,
+    guidance: float,
 ) -> None:
     for split, captions in grids.items():
-        pictures = sample(model, vae, tokenizer, captions, device=device)
+        pictures = sample(model, vae, tokenizer, captions, device=device, guidance=guidance)
         save_grid(pictures, output / f"samples-{split}.png", columns=8, captions=captions)
     for stage in ("vae", "unet"):
         if rows := loop.read_log(output / stage):
