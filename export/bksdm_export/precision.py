@@ -105,7 +105,7 @@ def store_fp16(model: ir.Model) -> None:
     for value in list(graph.initializers.values()):
         tensor = value.const_value
         is_weight = (value.name or "").endswith((".weight", ".weight_transposed"))
-        if not is_weight or tensor is None or tensor.dtype != ir.DataType.FLOAT or _is_vector(tensor):
+        if not is_weight or tensor is None or tensor.dtype != ir.DataType.FLOAT or _is_vector(tensor.shape.numpy()):
             continue
         weights = tensor.numpy()
         if np.abs(weights).max(initial=0) > FP16_MAX:
@@ -122,9 +122,17 @@ def store_fp16(model: ir.Model) -> None:
         graph.insert_before(graph[0], casts)
 
 
-def _is_vector(tensor: ir.TensorProtocol) -> bool:
+@torch.no_grad()
+def round_to_fp16(module: torch.nn.Module) -> None:
+    """Round in place the weights that `store_fp16` stores as fp16; what PyTorch then gives is what its graph should."""
+    for name, weight in module.named_parameters():
+        if name.endswith(".weight") and not _is_vector(weight.shape) and _peak(weight) <= FP16_MAX:
+            weight.copy_(weight.half())
+
+
+def _is_vector(shape: Iterable[int]) -> bool:
     """Also a norm's [C, 1, 1]."""
-    return sum(int(axis) > 1 for axis in tensor.shape.numpy()) < 2
+    return sum(int(axis) > 1 for axis in shape) < 2
 
 
 @contextmanager

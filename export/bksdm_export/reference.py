@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -14,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from bksdm.checkpoint import Checkpoint
+from bksdm_export.errors import ExportError
 from bksdm_export.wrappers import Wrapper, wrap
 from bksdm_runtime.bundle import ModelFacts
+from bksdm_runtime.schedule import ScheduleError, make_schedule
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class PictureRequest:
     steps: int
     guidance_scale: float
     negative_prompt: str = ""
+    sampler: str = "pndm"
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,32 @@ class Reference:
 
 DEPTHS = ("quick", "full")
 
+SCHEDULERS: Mapping[str, Any] = {
+    "pndm": diffusers.PNDMScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
+}
 
 # Quick pictures are at most this large. At 512 px the attention of one guided evaluation takes gigabytes in ONNX
 # Runtime (tiny: 6.6 GB at the peak of its process, 2.7 GB near this size), more than an export may use.
 QUICK_SIDE = 320
 
 
-def plan(facts: ModelFacts, depth: str = "quick") -> tuple[PictureRequest, ...]:
+def choose_sampler(config: Mapping[str, object], steps: int = 25) -> str:
+    """The first sampler of the runtime that takes these scheduler settings. Raises ExportError where none does."""
+    refused = ""
+    for sampler in SCHEDULERS:
+        try:
+            make_schedule(config, steps=steps, sampler=sampler)
+        except ScheduleError as error:
+            refused = refused or str(error)
+        else:
+            return sampler
+    raise ExportError(f"the runtime cannot sample with the checkpoint's scheduler settings: {refused}")
+
+
+def plan(facts: ModelFacts, depth: str = "quick", sampler: str = "pndm") -> tuple[PictureRequest, ...]:
     """The pictures that an export compares: a square one, and smaller ones off every grid, two of them at once.
 
     All at the model's own guidance but one, which is unguided. The small ones have odd numbers of latents in both
@@ -90,7 +112,7 @@ def plan(facts: ModelFacts, depth: str = "quick") -> tuple[PictureRequest, ...]:
             PictureRequest("a green tractor in a field", 5, side, side, steps, guidance),
             PictureRequest("smiling face with sunglasses", 6, side, side, steps, guidance),
         ]
-    return tuple(pictures)
+    return tuple(replace(picture, sampler=sampler) for picture in pictures)
 
 
 def make_reference(
@@ -99,67 +121,76 @@ def make_reference(
     requests: Sequence[PictureRequest],
     progress: Callable[[str], None] = log.info,
 ) -> Reference:
-    """Draw the pictures with diffusers' StableDiffusionPipeline in float32, and keep calls of every component.
-
-    The scheduler is PNDM with the checkpoint's settings; noise comes from a CPU generator with the request's seed.
-    """
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=checkpoint.vae,
-        text_encoder=checkpoint.text_encoder,
-        tokenizer=checkpoint.tokenizer,
-        unet=checkpoint.unet,
-        scheduler=cast(
-            Any,  # PLMS whatever the settings are of, as the runtime's pndm
-            diffusers.PNDMScheduler.from_config(dict(checkpoint.scheduler_config), skip_prk_steps=True),
-        ),
-        safety_checker=None,  # pyright: ignore[reportArgumentType] - None is how diffusers' own loader leaves these out
-        feature_extractor=None,  # pyright: ignore[reportArgumentType]
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    """Draw the pictures with diffusers' StableDiffusionPipeline in float32, and keep calls of every component."""
     latents: list[NDArray[np.float32]] = []
     unet_calls: list[Case] = []
     with torch.no_grad():
         for number, request in enumerate(requests, 1):
             progress(f"PyTorch draws picture {number} of {len(requests)}, {_size(request)}, to compare with")
             with _recorded(checkpoint.unet) as calls:
-                result: Any = pipeline(
-                    prompt=request.prompt,
-                    negative_prompt=request.negative_prompt,
-                    height=request.height,
-                    width=request.width,
-                    num_inference_steps=request.steps,
-                    guidance_scale=request.guidance_scale,
-                    generator=torch.Generator().manual_seed(request.seed),
-                    output_type="latent",
-                )
-            latents.append(result.images.numpy() / np.float32(facts.scaling_factor))  # [1, 4, h, w]
+                latents.append(_draw_latents(checkpoint, facts, request))
             unet_calls += [
                 Case(f"{_size(request)}, seed {request.seed}, evaluation {i + 1} of {len(calls)}", *calls[i])
                 for i in sorted({0, len(calls) // 2, len(calls) - 1})
             ]
         progress("PyTorch decodes and encodes them")
         mixed = _call(wrap(checkpoint, "unet"), "batch of 3, each at its own timestep", _mixed_batch(unet_calls))
+        decoder, encoder = wrap(checkpoint, "vae_decoder"), wrap(checkpoint, "vae_encoder")
         decoded = [
-            _call(wrap(checkpoint, "vae_decoder"), _size(request), {"latent_sample": final})
+            _call(decoder, _size(request), {"latent_sample": final})
             for request, final in zip(requests, latents, strict=True)
         ]
-        encoded = [
-            _call(wrap(checkpoint, "vae_encoder"), case.label, {"sample": np.clip(case.outputs["sample"], -1, 1)})
-            for case in decoded
-        ]
-        encoder = wrap(checkpoint, "text_encoder")
+        pictures = [Picture(request, _image(case)) for request, case in zip(requests, decoded, strict=True)]
+        pair = _two_of_a_size(latents)
+        if pair is not None:
+            decoded.append(_call(decoder, "2 at once", {"latent_sample": pair}))
+        encoded = [_call(encoder, case.label, {"sample": np.clip(case.outputs["sample"], -1, 1)}) for case in decoded]
+        text_encoder = wrap(checkpoint, "text_encoder")
         texts = ["", *dict.fromkeys(request.prompt for request in requests)]
         prompts = [
-            _call(encoder, f"{n} prompt" + "s" * (n > 1), {"input_ids": _ids(checkpoint, texts[:n])})
+            _call(text_encoder, f"{n} prompt" + "s" * (n > 1), {"input_ids": _ids(checkpoint, texts[:n])})
             for n in (1, len(texts))
         ]
+        prompts.append(_call(text_encoder, "3 of random tokens", {"input_ids": _random_ids(checkpoint)}))
     cases = {"text_encoder": prompts, "unet": [*unet_calls, mixed], "vae_decoder": decoded, "vae_encoder": encoded}
-    images = [np.clip(case.outputs["sample"][0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1) for case in decoded]
     return Reference(
-        tuple(Picture(request, image) for request, image in zip(requests, images, strict=True)),
+        tuple(pictures),
         {name: tuple(sorted(calls, key=_elements)) for name, calls in cases.items()},
     )
+
+
+@torch.no_grad()
+def draw(checkpoint: Checkpoint, facts: ModelFacts, request: PictureRequest) -> Picture:
+    """One picture by diffusers' StableDiffusionPipeline in float32."""
+    latents = _draw_latents(checkpoint, facts, request)
+    return Picture(request, _image(_call(wrap(checkpoint, "vae_decoder"), "", {"latent_sample": latents})))
+
+
+def _draw_latents(checkpoint: Checkpoint, facts: ModelFacts, request: PictureRequest) -> NDArray[np.float32]:
+    """What the VAE decodes, [1, 4, h, w]. Noise comes from a CPU generator with the request's seed."""
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=checkpoint.vae,
+        text_encoder=checkpoint.text_encoder,
+        tokenizer=checkpoint.tokenizer,
+        unet=checkpoint.unet,
+        scheduler=SCHEDULERS[request.sampler].from_config(dict(checkpoint.scheduler_config)),
+        safety_checker=None,  # pyright: ignore[reportArgumentType] - None is how diffusers' own loader leaves these out
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    result: Any = pipeline(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="latent",
+    )
+    latents: NDArray[np.float32] = result.images.numpy()
+    return (latents / facts.scaling_factor).astype(np.float32)
 
 
 Tensors = dict[str, NDArray[Any]]
@@ -186,6 +217,18 @@ def _recorded(unet: torch.nn.Module) -> Iterator[list[tuple[Tensors, Tensors]]]:
         handle.remove()
 
 
+def samples(case: Case) -> Iterator[Case]:
+    """A case as single samples where each has its own timestep; the case itself otherwise."""
+    count = len(case.inputs.get("timestep", [0]))
+    if count == 1:
+        yield case
+        return
+    for i in range(count):
+        inputs = {name: array[i : i + 1] for name, array in case.inputs.items()}
+        outputs = {name: array[i : i + 1] for name, array in case.outputs.items()}
+        yield Case(f"{case.label}, sample {i + 1}", inputs, outputs)
+
+
 def _mixed_batch(calls: Sequence[Case]) -> Tensors:
     """Three samples from different places of one trajectory, in one batch that no trajectory has."""
     first, later = calls[0].inputs, calls[1].inputs
@@ -201,6 +244,27 @@ def _mixed_batch(calls: Sequence[Case]) -> Tensors:
         "timestep": np.concatenate(timesteps),
         "encoder_hidden_states": np.concatenate(contexts),
     }
+
+
+def _two_of_a_size(latents: Sequence[NDArray[np.float32]]) -> NDArray[np.float32] | None:
+    """The first two of one shape as a batch [2, 4, h, w]."""
+    for i, one in enumerate(latents):
+        for other in latents[i + 1 :]:
+            if one.shape == other.shape:
+                return np.concatenate([one, other])
+    return None
+
+
+def _random_ids(checkpoint: Checkpoint) -> NDArray[np.int32]:
+    """[3, 77] from all of the vocabulary: prompts use a few dozen of its rows, and never all positions."""
+    vocabulary = int(checkpoint.text_encoder.config.vocab_size)
+    length = int(checkpoint.tokenizer.model_max_length)
+    return np.random.default_rng(0).integers(0, vocabulary, (3, length)).astype(np.int32)
+
+
+def _image(decoded: Case) -> NDArray[np.float32]:
+    """[H, W, 3] in [0, 1]."""
+    return np.clip(decoded.outputs["sample"][0].transpose(1, 2, 0) * 0.5 + 0.5, 0, 1)
 
 
 def _ids(checkpoint: Checkpoint, texts: Sequence[str]) -> NDArray[np.int32]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bksdm_export.page import Figures, page
 from bksdm_export.precision import Island
-from bksdm_export.verify import Parity
+from bksdm_export.verify import ROUNDING, Parity
 from bksdm_runtime.bundle import Manifest
 
 PARITY_JSON = "parity.json"
@@ -60,7 +60,14 @@ def summary(parity: Parity, exported: Mapping[str, GraphFacts]) -> Figures:
         }
         for one in parity.pictures
     ]
-    return {"components": components, "pictures": pictures, "picture_tolerance": parity.tolerance.picture}
+    figures: Figures = {
+        "components": components,
+        "pictures": pictures,
+        "picture_tolerance": parity.tolerance.picture,
+    }
+    if parity.rounding is not None:
+        figures["rounding"] = {"mean_difference": _finite(parity.rounding), "tolerance": ROUNDING}
+    return figures
 
 
 def brief(figures: Figures) -> Figures:
@@ -75,6 +82,7 @@ def brief(figures: Figures) -> Figures:
             "mean_difference": max(one["mean_difference"] for one in figures["pictures"]),
             "tolerance": figures["picture_tolerance"],
         },
+        **{name: figures[name] for name in ("rounding",) if name in figures},
     }
 
 
@@ -108,4 +116,9 @@ def table(folder: Path) -> str:
         f"{count} pictures differ from PyTorch's by {mean:.3f}/255 on average at most "
         f"(accepted {figures['picture_tolerance']:g}/255)"
     )
+    if rounding := figures.get("rounding"):
+        lines.append(
+            f"rounding the weights to fp16 changed PyTorch's own by {rounding['mean_difference']:.3f}/255 "
+            f"(accepted {rounding['tolerance']:g}/255)"
+        )
     return "\n".join(lines)

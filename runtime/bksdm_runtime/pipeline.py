@@ -183,6 +183,17 @@ class Pipeline:
         batches, pictures = check(self.bundle, requests, batch_size=batch_size, memory_budget=memory_budget)
         return self._generate(batches, pictures)
 
+    def draw(self, requests: Sequence[Request], *, batch_size: int | None = None) -> list[NDArray[np.uint8]]:
+        """The pictures of the requests in their order, [H, W, 3] uint8 each: `generate` to its end, without its steps.
+
+        Raises what `generate` raises.
+        """
+        pictures: dict[int, NDArray[np.uint8]] = {}
+        for item in self.generate(requests, batch_size=batch_size):
+            if isinstance(item, Images):
+                pictures |= zip(item.positions, item.pixels, strict=True)
+        return [pictures[position] for position in range(len(requests))]
+
     def encode_text(self, prompt: str) -> Array:
         """Context of one prompt, [77, D]. What does not fit 77 tokens is dropped, and said so in the log."""
         tokens = self._tokenizer.encode(prompt)

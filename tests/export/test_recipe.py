@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -120,6 +122,63 @@ def test_a_wrong_graph_keeps_nothing_and_names_component_and_node(smallest_folde
     [page] = tmp_path.iterdir()
     assert page.name == "bundle.failed.html"
     assert "decoder.up_blocks.2.resnets.0.conv1/Conv" in page.read_text()
+
+
+@pytest.fixture
+def refused_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of the VAE decoder that ONNX Runtime does not open."""
+    save = to_onnx.save
+
+    def changed(model: ir.Model, path: Path) -> None:
+        if path.parent.name == "vae_decoder":
+            next(node for node in model.graph if node.op_type == "Conv").op_type = "Konv"
+        save(model, path)
+
+    monkeypatch.setattr(to_onnx, "save", changed)
+
+
+@pytest.mark.usefixtures("refused_decoder")
+def test_a_graph_that_cannot_run_is_one_sentence_and_a_page(smallest_folder: Path, tmp_path: Path) -> None:
+    """onnxruntime's own exception came out of the search for the node."""
+    with pytest.raises(ExportError, match=r"vae_decoder cannot be compared at .*Konv") as raised:
+        export_variant(ExportRequest(tmp_path / "bundle", weights=str(smallest_folder)))
+    assert "the node in vae_decoder was not found" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert [page.name for page in tmp_path.iterdir()] == ["bundle.failed.html"]
+
+
+def test_scheduler_settings_are_checked_before_anything_is_drawn(smallest_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(smallest_folder, tmp_path / "checkpoint")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "sample"}))
+    stages: list[str] = []
+    with pytest.raises(ExportError, match="cannot sample with the checkpoint's scheduler settings"):
+        export_variant(ExportRequest(tmp_path / "bundle", weights=str(folder)), stages.append)
+    assert stages == ["loading the checkpoint"]
+
+
+def test_a_checkpoint_that_comes_with_euler_is_proven_with_a_sampler_that_it_allows(
+    smallest_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(smallest_folder, tmp_path / "checkpoint")
+    path = folder / "scheduler" / "scheduler_config.json"
+    euler = diffusers.EulerDiscreteScheduler.from_config(json.loads(path.read_text()))
+    euler.save_config(path.parent)
+    config = json.loads(path.read_text())
+    del config["skip_prk_steps"]
+    path.write_text(json.dumps(config))
+    bundle = export_variant(ExportRequest(tmp_path / "bundle", weights=str(folder)))
+    figures = json.loads((bundle / "parity.json").read_text())
+    assert {picture["sampler"] for picture in figures["pictures"]} <= {"ddim", "euler"}
+    assert all(picture["mean_difference"] <= 0.1 for picture in figures["pictures"])
+
+
+def test_rounded_weights_are_compared_with_the_same_rounded_weights(exported: Callable[..., Path]) -> None:
+    single, rounded = (json.loads((exported("fp32", kind) / "parity.json").read_text()) for kind in ("fp32", "fp16"))
+    for name, graph in rounded["components"].items():
+        assert graph["tolerance"] == single["components"][name]["tolerance"]
+    assert 0 < rounded["rounding"]["mean_difference"] < 0.2  # measured 0.03
+    assert "rounding" not in single
 
 
 def test_a_precision_that_is_not_written_is_refused_first(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from bksdm.checkpoint import Checkpoint
 from bksdm_export import graphs
-from bksdm_export.reference import Reference, make_reference, plan
+from bksdm_export.errors import ExportError
+from bksdm_export.reference import Reference, choose_sampler, make_reference, plan, samples
 from bksdm_export.to_onnx import TRACED_SIZES
 from bksdm_export.wrappers import wrap
 from bksdm_runtime.bundle import ModelFacts
@@ -33,6 +34,28 @@ def test_plan_has_odd_latents_a_batch_and_both_kinds_of_guidance(side: int, dept
     assert {request.guidance_scale > 1 for request in requests} == {True, False}
     assert any(request.negative_prompt for request in requests)
     assert len({request.seed for request in requests}) == len(requests)
+
+
+def test_the_sampler_is_the_first_that_the_settings_allow(mini_checkpoint: Checkpoint) -> None:
+    assert choose_sampler(mini_checkpoint.scheduler_config) == "pndm"
+    without_plms = {**mini_checkpoint.scheduler_config, "skip_prk_steps": False}
+    assert choose_sampler({**without_plms, "clip_sample": False}) == "ddim"
+    assert choose_sampler({**without_plms, "clip_sample": True}) == "euler"
+    assert {request.sampler for request in plan(facts(64), sampler="euler")} == {"euler"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"prediction_type": "sample"}, "cannot sample .* 'prediction_type' is 'sample'"),
+        ({"original_inference_steps": 50}, "cannot sample .* 'original_inference_steps'"),
+    ],
+)
+def test_settings_that_no_sampler_takes_are_refused(
+    mini_checkpoint: Checkpoint, settings: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ExportError, match=says):
+        choose_sampler({**mini_checkpoint.scheduler_config, **settings})
 
 
 def test_pictures_are_diffusers_own(mini_checkpoint: Checkpoint, mini_reference: Reference) -> None:
@@ -93,6 +116,26 @@ def test_unet_cases_cover_batches_timesteps_and_sizes_that_were_not_traced(mini_
     timesteps = {float(t) for case in mini_reference.cases["unet"] for t in case.inputs["timestep"]}
     assert {914.0, 1.0} <= timesteps  # 12 steps of "leading" spacing: 914, 831, 831, 748, ... 1
     assert any(not t.is_integer() for t in timesteps)
+
+
+def test_text_and_vae_cases_cover_the_vocabulary_every_position_and_batches(mini_reference: Reference) -> None:
+    ids = np.concatenate([case.inputs["input_ids"] for case in mini_reference.cases["text_encoder"]])
+    assert ids.max() > 49_000
+    assert len(np.unique(ids)) > 200
+    assert any(len(np.unique(row)) > 70 for row in ids)  # no padding: every position has a token of its own
+    for name in ("vae_decoder", "vae_encoder"):
+        assert {len(next(iter(case.inputs.values()))) for case in mini_reference.cases[name]} == {1, 2}
+
+
+def test_a_batch_of_many_timesteps_comes_apart_into_samples(mini_reference: Reference) -> None:
+    [mixed] = [case for case in mini_reference.cases["unet"] if len(case.inputs["timestep"]) > 1]
+    apart = list(samples(mixed))
+    assert [len(case.inputs["timestep"]) for case in apart] == [1, 1, 1]
+    for name, array in {**mixed.inputs, **mixed.outputs}.items():
+        found = np.concatenate([{**case.inputs, **case.outputs}[name] for case in apart])
+        np.testing.assert_array_equal(found, array)
+    first = mini_reference.cases["unet"][0]
+    assert list(samples(first)) == [first]
 
 
 def test_the_smallest_case_comes_first(mini_reference: Reference) -> None:

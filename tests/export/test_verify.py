@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bksdm import vocabulary
+from bksdm_export.errors import ExportError
 from bksdm_export.reference import Case, Picture, PictureRequest
 from bksdm_export.verify import (
     TOLERANCES,
@@ -18,6 +20,7 @@ from bksdm_export.verify import (
     compare,
     compare_picture,
     verify_component,
+    verify_tokenizer,
 )
 from bksdm_runtime import bundle as bundles
 
@@ -63,9 +66,54 @@ def test_a_failure_names_component_case_and_both_figures() -> None:
     assert parity.failures() == ["unet differs by 2.0e-05 (accepted 1e-05) at 40x56"]
 
 
-def test_nan_is_never_within_a_tolerance() -> None:
-    parity = Parity(TOLERANCE, {"unet": (Comparison("64x64", math.nan),)}, ())
+@pytest.mark.parametrize("errors", [[math.nan], [1e-6, math.nan], [math.nan, 1e-6]])
+def test_nan_is_never_within_a_tolerance(errors: list[float]) -> None:
+    """Python's max kept 1e-6 of [1e-6, nan]."""
+    comparisons = tuple(Comparison("64x64", error) for error in errors)
+    parity = Parity(TOLERANCE, {"unet": comparisons}, ())
+    assert math.isnan(parity.worst("unet").error)
     assert parity.failures()
+
+
+def test_a_reference_that_is_not_finite_is_nothing_to_be_equal_to() -> None:
+    broken = np.array([1, np.nan, np.inf], np.float32)
+    compared = compare("x", np.ones(3, np.float32), broken)
+    assert (compared.error, compared.note) == (math.inf, "PyTorch's own: 2 of 3 values are NaN or infinite")
+    parity = Parity(TOLERANCE, {"unet": (compared,)}, ())
+    assert parity.failures() == ["unet cannot be compared at x: PyTorch's own: 2 of 3 values are NaN or infinite"]
+    black = compare_picture(picture(math.nan), np.zeros((8, 8, 3), np.uint8))
+    assert Parity(TOLERANCE, {}, (black,)).failures()
+
+
+def test_rounding_that_changes_the_picture_fails() -> None:
+    assert Parity(TOLERANCE, {}, (), rounding=0.03).failures() == []
+    assert Parity(TOLERANCE, {}, (), rounding=3.5).failures() == [
+        "weights rounded to fp16 change PyTorch's own picture by 3.50/255 on average (accepted 3/255): "
+        "store them as fp32"
+    ]
+    assert Parity(TOLERANCE, {}, (), rounding=math.nan).failures()
+
+
+def test_the_runtimes_tokenizer_is_the_checkpoints(tmp_path: Path) -> None:
+    tokenizer = vocabulary.clip()
+    vocabulary.save(tokenizer, tmp_path)
+    verify_tokenizer(tokenizer, tmp_path)
+    vocabulary.save(vocabulary.clip("!"), tmp_path)
+    with pytest.raises(ExportError, match=r"tokenizer is not the checkpoint's: token 2 of '' is 0, .* is 49407"):
+        verify_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ExportError, match="the runtime cannot read the checkpoint's tokenizer"):
+        verify_tokenizer(tokenizer, tmp_path)
+
+
+def test_a_token_that_is_lost_is_noticed(tmp_path: Path) -> None:
+    tokenizer = vocabulary.clip()
+    vocabulary.save(tokenizer, tmp_path)
+    tokenizer.add_tokens(["<cat-toy>"])
+    with pytest.raises(
+        ExportError, match=r"token 4 of 'a photo of <cat-toy>, framed' is \d+, the checkpoint's is 49408"
+    ):
+        verify_tokenizer(tokenizer, tmp_path)
 
 
 def test_a_picture_over_its_mean_difference_fails() -> None:

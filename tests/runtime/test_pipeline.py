@@ -281,6 +281,15 @@ def test_a_bundle_of_guidance_1_is_sampled_without(
     assert unet.calls == [1]
 
 
+def test_draw_gives_the_pictures_in_the_order_of_the_requests(pipeline: Pipeline) -> None:
+    _, pictures = run(pipeline, MIXED)
+    drawn = pipeline.draw(MIXED)
+    assert len(drawn) == len(MIXED)
+    for ours, theirs in zip(drawn, pictures, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert pipeline.draw([]) == []
+
+
 def test_each_distinct_prompt_is_encoded_once(counted: tuple[Pipeline, dict[str, Counting]]) -> None:
     pipeline, engines = counted
     run(pipeline, [Request(prompt, steps=1, seed=i) for i, prompt in enumerate("aabba")], batch_size=2)
