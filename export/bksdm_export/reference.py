@@ -58,9 +58,6 @@ class Reference:
     cases: Mapping[str, tuple[Case, ...]]
 
 
-DEPTHS = ("quick", "full")
-
-
 # Quick pictures are at most this large. At 512 px the attention of one guided evaluation takes gigabytes in ONNX
 # Runtime (tiny: 6.6 GB at the peak of its process, 2.7 GB near this size), more than an export may use.
 QUICK_SIDE = 320
