@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ _PROGRAM = "bksdm-eval"
 @click.version_option(package_name="bksdm")
 def commands() -> None:
     """Score what a bundle generates."""
+    # At its import diffusers reports which of several optimum distributions it picked: nothing for our users.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
 @commands.command()

@@ -15,8 +15,9 @@ from bksdm_runtime.bundle import Component, Manifest, ModelFacts
 from bksdm_runtime.version import version
 
 LICENCE_FILE = "LICENSE"
-# Whose versions decide what the graphs look like.
-_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+# Whose versions decide what the graphs look like; and ONNX Runtime, whose module alone knows under which name (-gpu,
+# -directml) it was installed.
+_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
 
 
 def write_all_but_graphs(checkpoint: Checkpoint, folder: Path) -> None:
@@ -36,12 +37,30 @@ def write_all_but_graphs(checkpoint: Checkpoint, folder: Path) -> None:
     _write_json(folder / "vae_encoder" / "config.json", vae)
 
 
+def tools() -> dict[str, str]:
+    """Versions of everything that makes a bundle."""
+    import onnxruntime
+
+    versions = {name: metadata.version(name) for name in _TOOLS}
+    return {"bksdm": version(), **versions, "onnxruntime": onnxruntime.__version__}
+
+
+def expected_bytes(checkpoint: Checkpoint, storage: str) -> int:
+    """About what a bundle will take on disk, rather more than less. storage: "fp32" or "fp16", of the weights."""
+    parts = (checkpoint.text_encoder, checkpoint.unet, checkpoint.vae)
+    parameters = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    # A tenth for what stays fp32 among fp16 weights; and what is no weight: 4.1 MB in the demo's bundle, mostly the
+    # tokenizer; more of pictures where they are large.
+    return int(parameters * {"fp32": 4, "fp16": 2}[storage] * 1.1) + 16_000_000
+
+
 def manifest(
     variant: str,
     source: str,
     licence: Licence,
     facts: ModelFacts,
     components: Mapping[str, Component],
+    tools: Mapping[str, str],
     *,
     precision: str,
     storage: str,
@@ -57,7 +76,7 @@ def manifest(
         files={},
         parity={},
         licence=bundles.Licence(licence.name, LICENCE_FILE),
-        tools={"bksdm": version(), **{name: metadata.version(name) for name in _TOOLS}},
+        tools=tools,
     )
 
 

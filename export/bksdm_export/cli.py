@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,12 +12,13 @@ from pathlib import Path
 import click
 
 from bksdm.variants import VARIANTS
-from bksdm_export.graphs import PRECISIONS
+from bksdm_export.graphs import DEPTHS, PRECISIONS
 from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-export"
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _DEFAULT_VARIANT = "small"
+_WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".pkl")
 # What the export extra brings.
 _EXTRA = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 
@@ -41,7 +43,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 @click.option("--unet", metavar="DIR", help="A trained U-Net to lay over the weights.")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit on the Hub.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin and .ckpt files too (weights only).")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of --weights random.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of --weights random.  [default: 0]")
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
@@ -54,11 +56,10 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     type=click.Choice(PRECISIONS),
     help="Of the weights on disk; fp16 halves an fp32 bundle.  [default: as --precision]",
 )
-@click.option("--target", type=click.Choice(("onnx",)), default="onnx", show_default=True)
 @click.option(
     "--verify",
     "depth",
-    type=click.Choice(("quick", "full")),
+    type=click.Choice(DEPTHS),
     default="quick",
     show_default=True,
     help="How many pictures and steps are compared with PyTorch.",
@@ -68,7 +69,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The bundle's folder.  [default: out/ and the model's name, as out/bk-sdm-small]",
+    help="The bundle's folder; of a link, what it names.  [default: out/ and the model's name, as out/bk-sdm-small]",
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
@@ -79,10 +80,9 @@ def command(
     unet: str | None,
     revision: str | None,
     allow_pickle: bool,
-    seed: int,
+    seed: int | None,
     precision: str,
     storage: str | None,
-    target: str,
     depth: str,
     output: Path | None,
     force: bool,
@@ -95,7 +95,13 @@ def command(
     bksdm-export --variant tiny --precision fp16 -o out/tiny-fp16
     bksdm-export --weights my-checkpoint/ --unet runs/student/unet
     """
+    if seed is not None and weights != "random":
+        raise click.UsageError("--seed draws the weights of --weights random, and these are not drawn: leave it out")
+    if revision is not None and weights is not None:
+        raise click.UsageError(f"--revision names a commit on the Hub, and {weights} is not from there: leave it out")
     _log_to_stderr(verbose)
+    # At its import diffusers reports which of several optimum distributions it picked: nothing for our users.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     started = time.perf_counter()
 
     def progress(stage: str) -> None:
@@ -118,20 +124,24 @@ def command(
 
     if variant is None and weights is None:
         variant = _DEFAULT_VARIANT
-    request = ExportRequest(
-        output=output or default_output(variant, weights, precision),
-        variant=variant,
-        weights=weights,
-        unet=unet,
-        revision=revision,
-        allow_pickle=allow_pickle,
-        seed=seed,
-        precision=precision,
-        storage=storage,
-        depth=depth,
-        force=force,
-    )
+    if output is None:
+        output = default_output(
+            variant, weights, unet=unet, revision=revision, seed=seed, precision=precision, storage=storage
+        )
     try:
+        request = ExportRequest(
+            output=output,
+            variant=variant,
+            weights=weights,
+            unet=unet,
+            revision=revision,
+            allow_pickle=allow_pickle,
+            seed=0 if seed is None else seed,
+            precision=precision,
+            storage=storage,
+            depth=depth,
+            force=force,
+        )
         folder = export_variant(request, progress)
     except (ExportError, CheckpointError) as error:
         click.echo(f"{_PROGRAM}: {error}", err=True)
@@ -141,15 +151,49 @@ def command(
     return 0
 
 
-def default_output(variant: str | None, weights: str | None, precision: str) -> Path:
-    """out/ and the model's own name: the last part of the Hub's, of the folder's or of the file's."""
+def default_output(
+    variant: str | None,
+    weights: str | None,
+    *,
+    unet: str | None = None,
+    revision: str | None = None,
+    seed: int | None = None,
+    precision: str = "fp32",
+    storage: str | None = None,
+) -> Path:
+    """out/ and the model's own name, with all that was asked of it and makes it another model.
+
+    The name is the last part of the Hub's, of the folder's or of the file's, as out/bk-sdm-small, out/my-student-fp16,
+    out/bk-sdm-tiny@v2-unet-my-student-stored-fp16.
+    """
     if weights in (None, "random"):
         name = VARIANTS[variant or _DEFAULT_VARIANT].hub.rpartition("/")[2]
     else:
-        name = Path(weights or "").name.removesuffix(".safetensors")
+        name = _name(weights)
     if weights == "random":
         name += "-random"
-    return Path("out") / (name if precision == "fp32" else f"{name}-{precision}")
+    if seed is not None:
+        name += f"-seed{seed}"
+    if revision is not None:
+        name += f"@{revision.replace('/', '-')}"
+    if unet is not None:
+        name += f"-unet-{_name(unet)}"
+    if precision != "fp32":
+        name += f"-{precision}"
+    if storage not in (None, precision):
+        name += f"-stored-{storage}"
+    return Path("out") / name
+
+
+def _name(path: str) -> str:
+    """The last name in the path of weights that says something, without a file's suffix."""
+    # abspath, for "." and ".." have no name; and not resolve: links in the Hub's cache lead to files named by a hash.
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100
+    if absolute.suffix in _WEIGHT_SUFFIXES:
+        return absolute.stem
+    if absolute.name == "unet":  # of a whole checkpoint
+        absolute = absolute.parent
+    return absolute.name or "model"
 
 
 def _log_to_stderr(verbose: bool) -> None:

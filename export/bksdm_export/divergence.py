@@ -68,7 +68,8 @@ def values(path: Path, case: Case, *, outputs_only: bool = False) -> Values:
     """
     import onnxruntime
 
-    onnxruntime.set_default_logger_severity(4)  # it warns of each output that could have been folded away
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # it warns of each output that could have been folded away
     model = ir.load(path)
     outputs = list(model.graph.outputs)
     wanted = outputs if outputs_only else [node.outputs[0] for node in model.graph]
@@ -80,7 +81,7 @@ def values(path: Path, case: Case, *, outputs_only: bool = False) -> Values:
             some = wanted[start : start + _AT_ONCE]
             model.graph.outputs[:] = some
             ir.save(model, probe)
-            session = onnxruntime.InferenceSession(str(probe), providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(probe), options, providers=["CPUExecutionProvider"])
             for value, result in zip(some, session.run(None, inputs), strict=True):
                 array = np.asarray(result)
                 if np.issubdtype(array.dtype, np.floating):

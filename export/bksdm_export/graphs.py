@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 PRECISIONS = ("fp32", "fp16")
+DEPTHS = ("quick", "full")  # of the verification; see reference.plan
 DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16"}
 
 # 18: the lowest that torch's dynamo exporter writes, and what TensorRT 8.6 to 11, OpenVINO and ONNX Runtime all read.

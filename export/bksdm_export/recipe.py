@@ -15,7 +15,8 @@ from bksdm.checkpoint import Checkpoint
 from bksdm_export import bundle_files, graphs, report, to_onnx
 from bksdm_export.divergence import Divergence, first_divergence
 from bksdm_export.errors import ExportError
-from bksdm_export.folder import check_target, whole_or_nothing
+from bksdm_export.folder import check_space, resolve, whole_or_nothing
+from bksdm_export.graphs import DEPTHS, PRECISIONS
 from bksdm_export.precision import Island, find_islands, measure_ranges, round_to_fp16, store_fp16, to_half
 from bksdm_export.reference import Case, Picture, Reference, choose_sampler, draw, make_reference, plan, samples
 from bksdm_export.report import GraphFacts
@@ -40,7 +41,8 @@ class ExportRequest:
     """What to export and how; weights, unet, revision, allow_pickle and seed as bksdm.checkpoint.load takes them.
 
     precision: of the graphs' arithmetic; storage: of the weights on disk, None for that of the arithmetic.
-    depth: of the verification, one of reference.DEPTHS. force: replace an older bundle at `output`.
+    depth: of the verification, one of DEPTHS. force: replace an older bundle at `output`; of a link, the one that it
+    names. Raises ExportError for a choice that there is not.
     """
 
     output: Path
@@ -55,29 +57,50 @@ class ExportRequest:
     depth: str = "quick"
     force: bool = False
 
+    def __post_init__(self) -> None:
+        for name, found, choices in (
+            ("precision", self.precision, PRECISIONS),
+            ("storage", self.kind[1], PRECISIONS),
+            ("verification depth", self.depth, DEPTHS),
+        ):
+            if found not in choices:
+                raise ExportError(f"there is no {name} {found!r}: choose from {', '.join(choices)}")
+        precision, storage = self.kind
+        if self.kind not in TOLERANCES:
+            choices = ", ".join(f"{p} stored as {s}" for p, s in TOLERANCES)
+            raise ExportError(f"precision {precision} stored as {storage} is not written: choose from {choices}")
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Precision and storage."""
+        return self.precision, self.precision if self.storage is None else self.storage
+
 
 def export_variant(request: ExportRequest, progress: Callable[[str], None] = log.info) -> Path:
     """Export a model as a verified bundle and return its folder; on any failure nothing is left there.
 
-    progress: is told of each stage as it begins. Memory peaks below 2.2 times the checkpoint's size in float32: PyTorch
-    goes first and is freed part by part, and only then do the graphs run. Raises ExportError, CheckpointError.
+    progress: is told of each stage as it begins. Memory peaks below 2.2 times the checkpoint's size in float32, with
+    depth "quick" and a model of full size: PyTorch goes first and is freed part by part, and only then do the graphs
+    run. Raises ExportError, CheckpointError.
     """
-    check_target(request.output, force=request.force)
-    kind = precision, storage = _kind(request)
+    kind = precision, storage = request.kind
+    target = resolve(request.output)
+    tools = bundle_files.tools()
 
-    progress("loading the checkpoint")
-    checkpoint = load(request)
-    facts = graphs.model_facts(checkpoint)
-    pictures = plan(facts, request.depth, choose_sampler(checkpoint.scheduler_config))
+    with whole_or_nothing(target, force=request.force) as folder:
+        progress("loading the checkpoint")
+        checkpoint = load(request)
+        check_space(target.parent, bundle_files.expected_bytes(checkpoint, storage))
+        facts = graphs.model_facts(checkpoint)
+        pictures = plan(facts, request.depth, choose_sampler(checkpoint.scheduler_config))
 
-    unrounded = None
-    if storage != precision:
-        progress("PyTorch draws a picture before the weights are rounded to fp16")
-        unrounded = draw(checkpoint, facts, pictures[0])
-        _round(checkpoint)
-    reference = make_reference(checkpoint, facts, pictures, progress)
+        unrounded = None
+        if storage != precision:
+            progress("PyTorch draws a picture before the weights are rounded to fp16")
+            unrounded = draw(checkpoint, facts, pictures[0])
+            _round(checkpoint)
+        reference = make_reference(checkpoint, facts, pictures, progress)
 
-    with whole_or_nothing(request.output, force=request.force) as folder:
         bundle_files.write_all_but_graphs(checkpoint, folder)
         verify_tokenizer(checkpoint.tokenizer, folder / bundles.TOKENIZER_FOLDER)
         variant, source, licence = checkpoint.variant, checkpoint.source, checkpoint.licence
@@ -93,11 +116,11 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
             gc.collect()  # an exported program is a ring of references
 
         unproven = bundle_files.manifest(
-            variant, source, licence, facts, components, precision=precision, storage=storage
+            variant, source, licence, facts, components, tools, precision=precision, storage=storage
         )
         bundle = Bundle(folder, unproven, json.loads((folder / bundles.SCHEDULER_CONFIG).read_text()), sha256="")
         parity = _compare(bundle, reference, unrounded, progress)
-        page = request.output.with_name(request.output.name + ".failed.html")
+        page = target.with_name(target.name + ".failed.html")
         if failures := parity.failures():
             report.write_failure(page, parity, exported, unproven, "; ".join(failures))
             progress("over tolerance: looking for the node where the error appears")
@@ -205,12 +228,3 @@ def _search(request: ExportRequest, bundle: Bundle, name: str, case: Case, accep
         if found := first_divergence(bundle.component_path(name), module, component, one, accepted):
             return found
     return None
-
-
-def _kind(request: ExportRequest) -> tuple[str, str]:
-    """Precision and storage, checked. Raises ExportError."""
-    precision, storage = request.precision, request.storage or request.precision
-    if (precision, storage) not in TOLERANCES:
-        choices = ", ".join(f"{p} stored as {s}" for p, s in TOLERANCES)
-        raise ExportError(f"precision {precision} stored as {storage} is not written: choose from {choices}")
-    return precision, storage

@@ -61,8 +61,6 @@ class Reference:
     cases: Mapping[str, tuple[Case, ...]]
 
 
-DEPTHS = ("quick", "full")
-
 SCHEDULERS: Mapping[str, Any] = {
     "pndm": diffusers.PNDMScheduler,
     "ddim": diffusers.DDIMScheduler,

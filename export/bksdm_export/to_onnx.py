@@ -213,7 +213,10 @@ def _strip(model: ir.Model) -> None:
 
 
 def _open_axes(model: ir.Model, component: Component) -> None:
-    """Name the axes of inputs and outputs as the component does. Raises ValueError where tracing fixed one of them."""
+    """Name the axes of inputs and outputs as the component does. Raises ValueError where the graph has others.
+
+    That is where tracing fixed one that has a name, or where one that is fixed has another size.
+    """
     for specs, values in ((component.inputs, model.graph.inputs), (component.outputs, model.graph.outputs)):
         if [spec.name for spec in specs] != [value.name for value in values]:
             raise ValueError(f"the graph's tensors are {[value.name for value in values]}, not {specs}")
@@ -222,7 +225,7 @@ def _open_axes(model: ir.Model, component: Component) -> None:
             if shape is None or len(shape) != len(spec.axes):
                 raise ValueError(f"{spec.name} is {shape} in the graph, not {spec.axes}")
             for axis, found in zip(spec.axes, shape, strict=True):
-                if axis != TIMESTEPS and isinstance(axis, str) == isinstance(found, int):
+                if axis != TIMESTEPS and (isinstance(found, int) if isinstance(axis, str) else found != axis):
                     raise ValueError(f"{spec.name} is {shape} in the graph, not {spec.axes}")
             value.shape = ir.Shape(spec.axes)
 

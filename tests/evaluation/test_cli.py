@@ -1,6 +1,7 @@
 """bksdm-eval as a user meets it; the drawing and the network stand in, the way between them is real."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -40,6 +41,15 @@ def test_help_needs_no_extra(run):
     code, out, _ = run("--help")
     assert code == 0
     assert "retrieval" in out
+
+
+def test_diffusers_is_told_to_be_quiet_before_it_is_imported(run, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_VERBOSITY", "info")
+    run("retrieval", "--data", data, "-o", tmp_path / "gone" / "x.json")
+    assert os.environ["DIFFUSERS_VERBOSITY"] == "info"
+    monkeypatch.delenv("DIFFUSERS_VERBOSITY")
+    run("retrieval", "--data", data, "-o", tmp_path / "gone" / "x.json")
+    assert os.environ["DIFFUSERS_VERBOSITY"] == "error"
 
 
 def test_no_bundle_is_one_sentence(run, data, tmp_path):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 from bksdm import checkpoint as checkpoints
 from bksdm.checkpoint import Checkpoint
-from bksdm_export import graphs, reference
+from bksdm_export import graphs, reference, to_onnx
 from bksdm_export.recipe import ExportRequest, export_variant
 
 # The smallest that still has every kind of part: skip connections over a downsampler, attention, a middle.
@@ -67,3 +68,19 @@ def exported(mini_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         return output
 
     return export
+
+
+@pytest.fixture
+def faulty_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between export and verification, one number of the VAE decoder's graph changes."""
+    save = to_onnx.save
+
+    def changed(model: ir.Model, path: Path) -> None:
+        weight = model.graph.initializers.get("decoder.up_blocks.2.resnets.0.conv1.weight")
+        if weight is not None and weight.const_value is not None and path.parent.name == "vae_decoder":
+            array = weight.const_value.numpy().copy()
+            array.flat[0] += 0.5
+            weight.const_value = ir.Tensor(array)
+        save(model, path)
+
+    monkeypatch.setattr(to_onnx, "save", changed)

@@ -7,11 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bksdm_export import cli, recipe
+from bksdm_export.errors import ExportError
+from bksdm_export.recipe import ExportRequest
 from bksdm_runtime import bundle as bundles
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,6 +31,15 @@ sys.meta_path.insert(0, Absent())
 from bksdm_export.cli import main
 main()
 """
+
+
+def fresh(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, for what is said while modules are imported."""
+    path = os.pathsep.join(str(REPOSITORY / folder) for folder in ("export", "runtime", "."))
+    command = [sys.executable, "-c", "from bksdm_export.cli import main; main()", *arguments]
+    inherited = {name: value for name, value in os.environ.items() if name != "DIFFUSERS_VERBOSITY"}
+    variables = {**inherited, "PYTHONPATH": path, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
 
 
 def bare(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -75,7 +87,12 @@ def test_an_export_prints_a_table_and_the_path(
         (["--variant", "huge"], 2, "'huge' is not one of"),
         (["--precision", "int3"], 2, "'int3' is not one of"),
         (["--weights", "no/such/folder", "-o", "out"], 1, "bksdm-export: "),
+        (["--weights", "no/such/folder"], 1, "there is no no/such/folder"),
         (["--variant", "tiny", "--precision", "fp16", "--storage", "fp32", "-o", "out"], 1, "is not written"),
+        (["--weights", "no/such/folder", "--seed", "0"], 2, "--seed draws the weights of --weights random"),
+        (["--variant", "tiny", "--seed", "1"], 2, "--seed draws the weights of --weights random"),
+        (["--weights", "demo", "--revision", "main"], 2, "--revision names a commit on the Hub"),
+        (["--weights", "no/such/folder", "-o", "."], 1, "is the folder you are in"),
     ],
 )
 def test_misuse_is_2_failure_is_1_and_both_are_one_sentence(
@@ -95,6 +112,28 @@ def test_misuse_is_2_failure_is_1_and_both_are_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("faulty_decoder")
+def test_an_export_over_tolerance_is_1_and_one_sentence(
+    smallest_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "bundle"
+    assert cli.run(["--weights", str(smallest_folder), "-o", str(output)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    stages = [line for line in printed.err.splitlines() if not line.startswith("[")]
+    assert len(stages) == 1
+    assert stages[0].startswith("bksdm-export: the graphs are not PyTorch's: vae_decoder differs by ")
+    assert "Traceback" not in printed.err
+    assert not output.exists()
+
+
+def test_of_several_optimums_nothing_is_said() -> None:
+    """diffusers reports at its import which distribution it picked, where two of them hold optimum."""
+    result = fresh("--weights", "no/such/folder")
+    assert result.returncode == 1
+    assert [line for line in result.stderr.splitlines() if not line.startswith(("[", "bksdm-export: "))] == []
+
+
 def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -105,20 +144,85 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize(
-    ("variant", "weights", "precision", "expected"),
+    ("variant", "weights", "expected"),
     [
-        ("small", None, "fp32", "out/bk-sdm-small"),
-        ("sd-v1.4", None, "fp32", "out/stable-diffusion-v1-4"),
-        ("tiny", "random", "fp16", "out/bk-sdm-tiny-random-fp16"),
-        (None, "runs/my-student/", "fp32", "out/my-student"),
-        (None, "downloads/v1-5.safetensors", "fp32", "out/v1-5"),
-        (None, "demo", "fp32", "out/demo"),
+        ("small", None, "out/bk-sdm-small"),
+        ("sd-v1.4", None, "out/stable-diffusion-v1-4"),
+        ("tiny", "random", "out/bk-sdm-tiny-random"),
+        (None, "runs/my-student/", "out/my-student"),
+        (None, "downloads/v1-5.safetensors", "out/v1-5"),
+        (None, "downloads/sd-v1-4.ckpt", "out/sd-v1-4"),
+        (None, "downloads/v1.5", "out/v1.5"),
+        (None, "demo", "out/demo"),
+        (None, ".", "out/here"),
+        (None, "..", "out/above"),
+        (None, "below/../.", "out/here"),
+        (None, "/", "out/model"),
     ],
 )
 def test_the_default_output_is_the_models_name(
-    variant: str | None, weights: str | None, precision: str, expected: str
+    variant: str | None, weights: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli.default_output(variant, weights, precision) == Path(expected)
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    assert cli.default_output(variant, weights) == Path(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"precision": "fp16"}, "out/bk-sdm-tiny-fp16"),
+        ({"precision": "fp16", "storage": "fp16"}, "out/bk-sdm-tiny-fp16"),
+        ({"storage": "fp32"}, "out/bk-sdm-tiny"),
+        ({"storage": "fp16"}, "out/bk-sdm-tiny-stored-fp16"),
+        ({"revision": "fp16"}, "out/bk-sdm-tiny@fp16"),
+        ({"revision": "refs/pr/3"}, "out/bk-sdm-tiny@refs-pr-3"),
+        ({"unet": "runs/student"}, "out/bk-sdm-tiny-unet-student"),
+        ({"unet": "runs/student/unet/"}, "out/bk-sdm-tiny-unet-student"),
+        ({"unet": "runs/student/unet", "revision": "v2", "storage": "fp16"},
+         "out/bk-sdm-tiny@v2-unet-student-stored-fp16"),
+    ],
+)  # fmt: skip
+def test_what_makes_another_model_makes_another_default_output(options: dict[str, str], expected: str) -> None:
+    assert cli.default_output("tiny", None, **options) == Path(expected)
+
+
+def test_a_seed_makes_another_default_output() -> None:
+    assert cli.default_output("tiny", "random", seed=3) == Path("out/bk-sdm-tiny-random-seed3")
+
+
+def test_a_link_in_the_hubs_cache_is_not_named_after_its_hash(tmp_path: Path) -> None:
+    (tmp_path / "v1-5.safetensors").symlink_to("blobs/2f9a8b")
+    assert cli.default_output(None, str(tmp_path / "v1-5.safetensors")) == Path("out/v1-5")
+
+
+def test_every_option_reaches_the_request_and_the_default_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[ExportRequest] = []
+
+    def refused(request: ExportRequest, _progress: object) -> None:
+        asked.append(request)
+        raise ExportError("not now")
+
+    monkeypatch.setattr(recipe, "export_variant", refused)
+    common = ["--storage", "fp16", "--unet", "runs/student", "--verify", "full"]
+    assert cli.run(["--variant", "tiny", "--revision", "v2", *common, "--force", "--allow-pickle"]) == 1
+    assert cli.run(["--variant", "tiny", "--weights", "random", "--seed", "7", *common]) == 1
+    assert capsys.readouterr().err.endswith("bksdm-export: not now\n")
+    tiny = ExportRequest(
+        Path("out/bk-sdm-tiny@v2-unet-student-stored-fp16"),
+        variant="tiny",
+        unet="runs/student",
+        revision="v2",
+        allow_pickle=True,
+        storage="fp16",
+        depth="full",
+        force=True,
+    )
+    random = Path("out/bk-sdm-tiny-random-seed7-unet-student-stored-fp16")
+    drawn = replace(tiny, output=random, weights="random", seed=7, revision=None, allow_pickle=False, force=False)
+    assert asked == [tiny, drawn]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from bksdm.checkpoint import Checkpoint
 from bksdm_export import graphs, precision, to_onnx
-from bksdm_export.divergence import first_divergence
+from bksdm_export.divergence import first_divergence, values
 from bksdm_export.reference import Case, Reference
 from bksdm_export.wrappers import wrap
 
@@ -97,6 +98,20 @@ def test_an_error_of_the_exporter_itself_is_found_in_the_traced_program(
     case = mini_reference.cases["text_encoder"][0]
     found = find(build_mini(), "text_encoder", tmp_path / "model.onnx", case)
     assert str(found).removeprefix("text_model.") == "encoder.layers.0.self_attn/MatMul_1"
+
+
+def test_nothing_is_logged_and_onnxruntimes_log_is_as_it_was(
+    build_smallest: Callable[..., Checkpoint],
+    mini_reference: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The log was silenced for everyone, for the rest of the process."""
+    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", lambda _: pytest.fail("it is everyone's"))
+    to_onnx.save(graph(build_smallest(), "text_encoder", "fp32"), tmp_path / "model.onnx")
+    assert list(values(tmp_path / "model.onnx", mini_reference.cases["text_encoder"][0]))
+    assert capfd.readouterr().err == ""
 
 
 def test_a_right_graph_has_no_divergence(

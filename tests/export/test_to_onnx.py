@@ -227,6 +227,19 @@ def test_an_axis_that_tracing_fixed_is_refused(mini_checkpoint: Checkpoint) -> N
         to_onnx.to_onnx(program, spec)
 
 
+def test_an_axis_of_another_size_than_the_contracts_is_refused(mini_checkpoint: Checkpoint) -> None:
+    """4 channels where the contract says 3 were written down as 3."""
+    spec = graphs.components(graphs.model_facts(mini_checkpoint), "fp32")["vae_decoder"]
+
+    class Transparent(torch.nn.Module):
+        def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.interpolate(latent_sample, scale_factor=8.0)
+
+    program = to_onnx.to_exported_program(Transparent(), spec)
+    with pytest.raises(ValueError, match=r"sample is \[.*,4,.*\] in the graph, not \('batch', 3, "):
+        to_onnx.to_onnx(program, spec)
+
+
 class BoolMasked(torch.nn.Module):
     """A text encoder's attention as transformers 5 writes it: the mask is of booleans, False where masked."""
 

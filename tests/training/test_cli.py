@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from bksdm_training import cli
@@ -42,6 +44,15 @@ def test_cuda_without_a_device_is_one_sentence(monkeypatch, capsys, tmp_path):
     )
     assert code == 1
     assert "use --preset cpu" in err
+
+
+def test_diffusers_is_told_to_be_quiet_before_it_is_imported(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("DIFFUSERS_VERBOSITY", "info")
+    _run(monkeypatch, capsys, "data", "-o", str(tmp_path / "x"), "--sources", "clipart")
+    assert os.environ["DIFFUSERS_VERBOSITY"] == "info"
+    monkeypatch.delenv("DIFFUSERS_VERBOSITY")
+    _run(monkeypatch, capsys, "data", "-o", str(tmp_path / "x"), "--sources", "clipart")
+    assert os.environ["DIFFUSERS_VERBOSITY"] == "error"
 
 
 @pytest.mark.parametrize("arguments", [(), ("teacher",), ("nonsense",)])

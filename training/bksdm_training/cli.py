@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ EXTRA = "training"
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 def commands(verbose: bool) -> None:
     """Train compressed Stable Diffusion models, and the small one that ships for demonstration."""
+    # At its import diffusers reports which of several optimum distributions it picked: nothing for our users.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
 
 
