@@ -41,7 +41,7 @@ class Checkpoint:
     """The whole model, in eval mode, float32, on the CPU.
 
     variant: the name of a row of bksdm.variants, or "custom" (another width, for instance the demo).
-    source: "nota-ai/bk-sdm-small@<revision>", a path, "demo", or "random(small, seed=0)".
+    source: "nota-ai/bk-sdm-small@<revision>", the name of a folder or file, "demo", or "random(small, seed=0)".
     image_size: default height and width in pixels; guidance_scale: what the model is meant to be sampled with.
     """
 
@@ -96,14 +96,21 @@ def load(
         architecture = row.architecture if row else None
         parts = single_file.load(path, architecture=architecture, allow_pickle=allow_pickle)
         entries = weights_file.metadata(path) if path.suffix == ".safetensors" else {}
-        source, terms, claimed = str(path), licence.of_header(entries, str(path)), None
+        source, claimed = _called(path), None
+        terms = licence.of_header(entries, source)
+    if row is not None and terms.name == licence.UNKNOWN:
+        terms = licence.of_variant(row.licence, row.name, source)
     if unet is not None and overlay is not None:
         parts = dataclasses.replace(parts, unet=overlay)
-        source = f"{source} with the U-Net of {unet}"
-        terms = _with_overlay(terms, Path(unet))
-    size = components.image_size(parts, source)
+        source = f"{source} with the U-Net of {_called(Path(unet))}"
+        if own := _licence_of_unet(Path(unet)):
+            terms = licence.joined(terms, own, "U-Net")
+    where = source  # in errors, unlike in records, a path is a path
+    if weights not in (None, "demo", "random"):
+        where = str(weights) if unet is None else f"{weights} with the U-Net of {unet}"
+    size = components.image_size(parts, where)
     return Checkpoint(
-        variant=_name(row, claimed, parts.unet, source),
+        variant=_name(row, claimed, parts.unet, where),
         source=source,
         text_encoder=parts.text_encoder,
         unet=parts.unet,
@@ -112,7 +119,7 @@ def load(
         scheduler_config=parts.scheduler_config,
         licence=terms,
         image_size=size,
-        guidance_scale=_guidance_scale(said, source),
+        guidance_scale=_guidance_scale(said, where),
     )
 
 
@@ -163,11 +170,10 @@ def _from_hub(
 
 def _from_folder(folder: Path, overlay: UNet2DConditionModel | None, *, allow_pickle: bool) -> _Loaded:
     parts = diffusers_folder.load(folder, unet=overlay, allow_pickle=allow_pickle)
-    record = diffusers_folder.record(folder)
-    name = record.get("licence")
-    terms = licence.of_folder(folder, name=name if isinstance(name, str) else None) or licence.unknown(str(folder))
-    claimed = record.get("variant")
-    return parts, str(folder), terms, claimed if isinstance(claimed, str) else None
+    source = _called(folder)
+    claimed = diffusers_folder.record(folder).get("variant")
+    terms = _licence_of(folder) or licence.unknown(source)
+    return parts, source, terms, claimed if isinstance(claimed, str) else None
 
 
 def _random(row: Variant | None, seed: int) -> _Loaded:
@@ -212,8 +218,19 @@ def _difference(row: Variant, unet: UNet2DConditionModel) -> str | None:
     return None
 
 
-def _with_overlay(terms: Licence, folder: Path) -> Licence:
-    own = licence.of_folder(folder)
-    if own is None or own == terms:
-        return terms
-    return Licence(f"{terms.name}; U-Net: {own.name}", f"{terms.notice}\n\nThe U-Net:\n\n{own.notice}")
+def _called(path: Path) -> str:
+    """What a path is called in records and notices, which travel: its name, not where this machine keeps it."""
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name == "unet" else path.name
+
+
+def _licence_of(folder: Path) -> Licence | None:
+    name = diffusers_folder.record(folder).get("licence")
+    return licence.of_folder(folder, name=name if isinstance(name, str) else None)
+
+
+def _licence_of_unet(folder: Path) -> Licence | None:
+    """A bare U-Net's licence lies beside it, or in the checkpoint that it is the unet/ of."""
+    whole = folder.resolve().parent
+    is_part = (folder / "config.json").is_file() and (whole / diffusers_folder.INDEX).is_file()
+    return _licence_of(folder) or (_licence_of(whole) if is_part else None)

@@ -38,12 +38,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-@pytest.fixture
-def mini_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the mini model's architecture pass for the variant's: what is tested here is the way to the files."""
-    monkeypatch.setattr(checkpoint, "_difference", lambda row, unet: None)
-
-
 @pytest.mark.usefixtures("mini_is_small")
 def test_offline_reads_the_cache_and_honours_the_revision(
     mini_folder: Path, mini_checkpoint: Checkpoint, cache: Path, assert_same_tensors: SameTensors
