@@ -81,7 +81,7 @@ def load(
     overlay = None
     if unet is not None:
         if not Path(unet).exists():
-            raise CheckpointError(f"there is no {unet}: --unet names a folder with a trained U-Net")
+            raise CheckpointError(f"there is no {unet}: expected a folder with a trained U-Net")
         overlay = diffusers_folder.load_unet(Path(unet), allow_pickle=allow_pickle)
     said: Mapping[str, object] = {}
     if weights == "random":
@@ -196,7 +196,7 @@ def _guidance_scale(record: Mapping[str, object], source: str) -> float:
 def _existing(path: Path) -> Path:
     if not path.exists():
         hint = " (a variant's name: leave the weights out to download them)" if str(path) in VARIANTS else ""
-        raise CheckpointError(f"there is no {path}{hint}: {hub.OTHER_WAYS}")
+        raise CheckpointError(f"there is no {path}{hint}: {hub.OTHER_WAYS}", change="weights")
     return path
 
 

@@ -39,7 +39,7 @@ def load(folder: Path, *, unet: UNet2DConditionModel | None = None, allow_pickle
     if not (folder / INDEX).is_file():
         if unet_folder(folder):
             raise CheckpointError(
-                f"{folder} holds a U-Net alone: name it with --unet, and the model it belongs to with --weights"
+                f"{folder} holds a U-Net alone: name the whole model it belongs to, over which it can be laid"
             )
         raise CheckpointError(f"{folder} is not a diffusers checkpoint: it has no {INDEX}")
     index = read_config(folder / INDEX)
@@ -87,7 +87,7 @@ def record(folder: Path) -> dict[str, object]:
 def save(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write `checkpoint` as `folder`; see bksdm.checkpoint.save."""
     folder = Path(folder).resolve()
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     # Not hidden: what a killed process left behind should be seen, and deleted, by the user.
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f"{folder.name}.replaced-{os.getpid()}")
@@ -109,7 +109,8 @@ def save(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype | None = No
             replaced.rename(folder)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
+    """Raise CheckpointError where save() would replace anything but a checkpoint."""
     if folder.is_dir():
         if any(folder.iterdir()) and not (folder / INDEX).is_file():
             raise CheckpointError(f"{folder} holds something that is not a checkpoint: choose another folder")

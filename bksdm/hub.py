@@ -21,7 +21,7 @@ from bksdm.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 OTHER_WAYS = (
-    "give other weights with --weights: a diffusers FOLDER, a FILE.safetensors, demo (ships with the repository), "
+    "give other weights: a diffusers FOLDER, a FILE.safetensors, demo (ships with the repository), "
     "or random (true architecture, no download)"
 )
 # Long enough for a slow link, short enough that a blocked one does not look like a hang.
@@ -47,7 +47,7 @@ def snapshot(repo: str, revision: str | None = None, *, allow_pickle: bool = Fal
     except RevisionNotFoundError as reason:
         raise CheckpointError(f"{repo} has no revision {revision!r} on the Hub") from reason
     except RepositoryNotFoundError as reason:
-        raise CheckpointError(f"the Hub has no public {repo}: {OTHER_WAYS}") from reason
+        raise CheckpointError(f"the Hub has no public {repo}: {OTHER_WAYS}", change="weights") from reason
     except OfflineModeIsEnabled:
         return _cached(repo, revision, "HF_HUB_OFFLINE is set")
     except Exception as reason:  # the client lets through requests' errors or httpx's, depending on its version
@@ -78,7 +78,7 @@ def _cached(repo: str, revision: str | None, why: str) -> tuple[Path, str]:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError as reason:
         named = f"{repo}@{revision}" if revision else repo
-        raise CheckpointError(f"{named} is not in the cache and {why}: {OTHER_WAYS}") from reason
+        raise CheckpointError(f"{named} is not in the cache and {why}: {OTHER_WAYS}", change="weights") from reason
     logger.info("%s: using the cached copy, %s", repo, why)
     return folder, folder.name
 

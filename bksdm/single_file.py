@@ -26,6 +26,15 @@ from bksdm.weights_file import Shape
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 _HEAD_WIDTH = 64  # of CLIP's and of SD 2's attention heads; SD 1's U-Net has 8 heads instead, whatever their width
+# modelspec.prediction_type, and beginnings of modelspec.architecture, as they are found in headers
+_PREDICTIONS = {
+    "epsilon": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "v-prediction": "v_prediction",
+    "stable-diffusion-v2-512": "epsilon",
+    "stable-diffusion-v2-768-v": "v_prediction",
+}
 _BLOCK_NUMBER = re.compile(rf"({re.escape(UNET)}(?:input|output)_blocks)\.(\d+)\.(\d+)\.(.+)")
 
 
@@ -42,9 +51,11 @@ def load(path: Path, *, architecture: Architecture | None = None, allow_pickle: 
     if architecture is None and is_v2:
         raise CheckpointError(
             f"{path} is a Stable Diffusion 2 file, and its keys do not say whether it predicts noise or velocity: "
-            "name it with --variant sd-v2.1-base (noise, 512 px) or sd-v2.1 (velocity, 768 px), or a v2 student"
+            "name its variant, sd-v2.1-base (noise, 512 px) or sd-v2.1 (velocity, 768 px), or a v2 student",
+            change="variant",
         )
     like = architecture or SD_V1_4
+    _refuse_another_prediction(path, like)
     try:
         configs = {"unet": unet_config(found, like), "vae": vae_config(found, like)}
         text = text_config(found, SD_V2_1_BASE if is_v2 else SD_V1_4)
@@ -164,6 +175,21 @@ def _text_encoder(
     with torch.device("meta"):
         template = CLIPTextModel(config)  # diffusers reads the width off it
     return build_text_encoder(config, convert_open_clip_checkpoint(template, tensors), path)
+
+
+def _refuse_another_prediction(path: Path, like: Architecture) -> None:
+    """Hold what the header says (github.com/Stability-AI/ModelSpec) against what the model would be sampled with."""
+    entries = weights_file.metadata(path) if path.suffix == ".safetensors" else {}
+    kind = entries.get("modelspec.architecture", "").lower()
+    said = _PREDICTIONS.get(entries.get("modelspec.prediction_type", "").lower())
+    said = said or _PREDICTIONS.get(next((name for name in _PREDICTIONS if kind.startswith(name)), ""))
+    expected = like.scheduler["prediction_type"]
+    if said not in (None, expected):
+        raise CheckpointError(
+            f"{path} says in its header that it predicts {said}, and the variant it is taken for predicts {expected}: "
+            "name another variant, or convert it to a diffusers folder, whose scheduler says what it predicts",
+            change="variant",
+        )
 
 
 def _refuse_others(shapes: Mapping[str, Shape], path: Path) -> None:

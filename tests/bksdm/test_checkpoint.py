@@ -408,11 +408,11 @@ def test_a_unet_that_does_not_fit_its_base_is_refused(
 
 
 def test_a_unet_alone_is_not_a_checkpoint(mini_folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds a U-Net alone: name it with --unet"):
+    with pytest.raises(CheckpointError, match="holds a U-Net alone: name the whole model"):
         checkpoint.load(str(mini_folder / "unet"))
     with pytest.raises(CheckpointError, match="holds no U-Net"):
         checkpoint.load(str(mini_folder), unet=str(mini_folder / "scheduler"))
-    with pytest.raises(CheckpointError, match="there is no lost: --unet names a folder"):
+    with pytest.raises(CheckpointError, match="there is no lost: expected a folder with a trained U-Net"):
         checkpoint.load(str(mini_folder), unet="lost")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,6 +53,25 @@ def test_the_figures_of_the_table_add_up(mini_folder: Path, mini_checkpoint: Che
     assert student == sum(p.numel() for p in compress(mini_checkpoint.unet, SMALL).parameters())
 
 
+def test_a_teacher_whose_sample_size_is_a_pair_is_reported(copy: Path, tmp_path: Path) -> None:
+    config = json.loads((copy / "unet" / "config.json").read_text())
+    (copy / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": [8, 8]}))
+    result = run("--teacher", copy, "--variant", "base", "-o", tmp_path / "base")
+    assert result.exit_code == 0, result.output
+    assert "MACs at 64 px" in result.stdout
+
+
+def test_what_fails_in_the_report_leaves_nothing_written(
+    mini_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bksdm.cli.report", interrupted)
+    assert run("--teacher", mini_folder, "--variant", "base", "-o", tmp_path / "out").exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_half_precision_on_request(mini_folder: Path, tmp_path: Path) -> None:
     run("--teacher", mini_folder, "--variant", "base", "-o", tmp_path / "h", "--dtype", "fp16")
     tensors = load_file(tmp_path / "h" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -83,12 +103,16 @@ def test_an_existing_output_is_kept_unless_forced(mini_folder: Path, copy: Path,
     result = run("--teacher", mini_folder, "--variant", "base", "-o", tmp_path / "thesis", "--force")
     assert (result.exit_code, (tmp_path / "thesis" / "work.tex").exists()) == (1, True)
     assert "holds something that is not a checkpoint" in result.stderr
+    assert "loading" not in result.stderr  # refused before the teacher is loaded and cut
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--teacher", "lost", "--variant", "tiny", "-o", "out"), 1, "there is no lost: give other weights with --t"),
+        (("--teacher", "lost", "--variant", "tiny", "-o", "out"), 1, "there is no lost: give other weights: a "),
+        (("--teacher", "lost", "--variant", "tiny", "-o", "out"), 1, "no download) (--teacher)"),
+        (("--teacher", "sd-v2.1", "--teacher-variant", "sd-v1.4", "--variant", "tiny", "-o", "out"), 1, "name one"),
+        (("--teacher-variant", "sd-v2.1", "--variant", "v2-tiny", "-o", "out"), 1, "ai/stable-diffusion-2-1 is not"),
         (("--variant", "tiny", "-o", "out"), 1, "CompVis/stable-diffusion-v1-4 is not in the cache"),
         (("--variant", "v2-tiny", "-o", "out"), 1, "ai/stable-diffusion-2-1-base is not in the cache"),
         (("--teacher", "sd-v2.1", "--variant", "v2-tiny", "-o", "out"), 1, "ai/stable-diffusion-2-1 is not in the"),

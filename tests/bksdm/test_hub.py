@@ -68,8 +68,8 @@ def test_a_cached_model_that_is_not_the_variant_is_refused(mini_folder: Path, ca
 def test_nothing_cached_and_no_network_names_the_other_ways(cache: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"^nota-ai/bk-sdm-tiny-2m is not in the cache and HF_HUB_OFFLINE is set: give other weights with "
-        r"--weights: a diffusers FOLDER, a FILE\.safetensors, demo \(.*\), or random \(.*\)$",
+        match=r"^nota-ai/bk-sdm-tiny-2m is not in the cache and HF_HUB_OFFLINE is set: give other weights: "
+        r"a diffusers FOLDER, a FILE\.safetensors, demo \(.*\), or random \(.*\)$",
     ):
         checkpoint.load(None, variant="tiny-2m")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +16,7 @@ from bksdm import checkpoint, random_weights, single_file
 from bksdm.architecture import SD_V1_4, SD_V2_1, SD_V2_1_BASE, Architecture
 from bksdm.block_removal import compress
 from bksdm.checkpoint import Checkpoint, CheckpointError
+from bksdm.cli import main
 from bksdm.licence import published
 from bksdm.unet import build_unet, unet_config
 from bksdm.variants import BASE, SMALL, TINY, Removal
@@ -172,14 +174,21 @@ def test_there_and_back(shaped: Checkpoint, tmp_path: Path, removal: Removal | N
     assert difference < 3e-5  # measured: 5.1e-6 at values of about 0.5
 
 
-def test_sd2_file_with_open_clip_text_encoder(build_mini: Callable[..., Checkpoint], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def v2(build_mini: Callable[..., Checkpoint]) -> Checkpoint:
     wide = {"block_out_channels": [64, 128, 128, 128], "norm_num_groups": 32}
     v2 = {**wide, "attention_head_dim": [1, 2, 2, 2], "use_linear_projection": True, "cross_attention_dim": 64}
     text = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 128, "hidden_act": "gelu"}
-    whole = build_mini(seed=4, unet=v2, vae=wide, text_encoder=text)
-    path = write(
-        tmp_path / "v2.safetensors", ldm_unet(whole.unet, gaps=False), ldm_vae(whole.vae), open_clip_text(whole)
-    )
+    return build_mini(seed=4, unet=v2, vae=wide, text_encoder=text)
+
+
+def v2_parts(whole: Checkpoint) -> tuple[Tensors, ...]:
+    return ldm_unet(whole.unet, gaps=False), ldm_vae(whole.vae), open_clip_text(whole)
+
+
+def test_sd2_file_with_open_clip_text_encoder(v2: Checkpoint, tmp_path: Path) -> None:
+    whole = v2
+    path = write(tmp_path / "v2.safetensors", *v2_parts(whole))
     with pytest.raises(CheckpointError, match=r"whether it predicts noise or velocity.*sd-v2\.1-base.*sd-v2\.1"):
         checkpoint.load(str(path))
     loaded = single_file.load(path, architecture=SD_V2_1)
@@ -192,6 +201,61 @@ def test_sd2_file_with_open_clip_text_encoder(build_mini: Callable[..., Checkpoi
     assert loaded.tokenizer("a", padding="max_length", max_length=77).input_ids[-1] == 0
     with pytest.raises(CheckpointError, match=r"is not 'sd-v2\.1-base': its U-Net has block_out_channels"):
         checkpoint.load(str(path), variant="sd-v2.1-base")
+
+
+VELOCITY = {"modelspec.prediction_type": "v"}
+NOISE = {"modelspec.prediction_type": "epsilon"}
+
+
+@pytest.mark.parametrize(
+    ("header", "like"),
+    [
+        (VELOCITY, SD_V2_1_BASE),
+        (NOISE, SD_V2_1),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, SD_V2_1_BASE),
+        ({"modelspec.architecture": "stable-diffusion-v2-512"}, SD_V2_1),
+    ],
+)
+def test_a_header_that_contradicts_the_named_variant_is_believed(
+    v2: Checkpoint, tmp_path: Path, header: dict[str, str], like: Architecture
+) -> None:
+    path = write(tmp_path / "v2.safetensors", *v2_parts(v2), metadata=header)
+    said, other = ("epsilon", "v_prediction") if like is SD_V2_1 else ("v_prediction", "epsilon")
+    with pytest.raises(CheckpointError, match=f"says in its header that it predicts {said}, .* predicts {other}"):
+        single_file.load(path, architecture=like)
+    right = SD_V2_1_BASE if like is SD_V2_1 else SD_V2_1
+    assert single_file.load(path, architecture=right).scheduler_config["prediction_type"] == said
+
+
+def test_an_sd1_file_that_predicts_velocity_is_not_sampled_as_noise(parts: dict[str, Tensors], tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", *parts.values(), metadata=VELOCITY)
+    with pytest.raises(CheckpointError, match="says in its header that it predicts v_prediction"):
+        checkpoint.load(str(path))
+
+
+@pytest.mark.usefixtures("mini_is_small")
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("student", ["v2-tiny", "tiny"])
+def test_bksdm_compress_asks_what_an_sd2_file_predicts(
+    v2: Checkpoint, tmp_path: Path, suffix: str, student: str
+) -> None:
+    path = tmp_path / f"sd21{suffix}"
+    if suffix == ".ckpt":
+        torch.save({key: tensor for part in v2_parts(v2) for key, tensor in part.items()}, path)
+    else:
+        write(path, *v2_parts(v2))
+    arguments = ["--teacher", str(path), "--allow-pickle", "--variant", student, "-o", str(tmp_path / "out")]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 1
+    assert "whether it predicts noise or velocity" in refused.stderr
+    assert refused.stderr.endswith(" (--teacher-variant)\n")
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(main, [*arguments, "--teacher-variant", "sd-v2.1"])
+    assert done.exit_code == 0, done.output
+    loaded = checkpoint.load(str(tmp_path / "out"))
+    assert loaded.scheduler_config["prediction_type"] == "v_prediction"
+    assert loaded.unet.config["upcast_attention"] is True
+    assert loaded.image_size == 768
 
 
 @pytest.mark.parametrize(
