@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from bksdm import (
     weights_file,
 )
 from bksdm.components import Components
-from bksdm.errors import CheckpointError
+from bksdm.errors import CheckpointError, first_line
 from bksdm.licence import Licence
 from bksdm.unet import unet_config
 from bksdm.variants import VARIANTS, Variant
@@ -57,6 +58,16 @@ class Checkpoint:
     guidance_scale: float = GUIDANCE_SCALE
 
 
+@contextmanager
+def _os_errors_said() -> Iterator[None]:
+    """A folder that may not be entered, a name that is too long: met at any look at a path."""
+    try:
+        yield
+    except OSError as reason:
+        raise CheckpointError(f"{reason.filename} cannot be read ({reason.strerror or first_line(reason)})") from reason
+
+
+@_os_errors_said()
 def load(
     weights: str | None,
     *,

@@ -167,11 +167,19 @@ def _model_index(scheduler: str) -> dict[str, object]:
 
 def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Each tensor contiguous and alone in its memory: safetensors refuses views of one storage.
-    whole = {
-        key: tensor.detach().to(dtype=dtype if tensor.is_floating_point() else None).contiguous()
-        for key, tensor in tensors.items()
-    }
+    whole: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for key, tensor in tensors.items():
+        cast = tensor.detach().to(dtype=dtype if tensor.is_floating_point() else None).contiguous()
+        if cast.dtype != tensor.dtype and not torch.isfinite(cast).all():
+            value = tensor.detach()[~torch.isfinite(cast)].flatten()[0].item()
+            raise CheckpointError(
+                f"{key} of the {path.parent.name} holds {value:g}, which {str(cast.dtype).removeprefix('torch.')} "
+                "cannot store: keep fp32"
+            )
+        # safetensors refuses two tensors in one memory, as tied weights are.
+        whole[key] = cast.clone() if cast.untyped_storage().data_ptr() in storages else cast
+        storages.add(cast.untyped_storage().data_ptr())
     save_file(whole, str(path), metadata={"format": "pt"})
     # safetensors 0.8 lets the owner alone read its files; weights are as readable as the config beside them.
     path.chmod((path.parent / "config.json").stat().st_mode & 0o777)

@@ -22,3 +22,8 @@ class IncompatibleTeacher(Exception):  # noqa: N818 - it is the teacher that doe
 
 class VariantError(ValueError):
     """A name that is no row of the table of variants; the message lists the rows."""
+
+
+def first_line(reason: BaseException) -> str:
+    """What an exception of a library says first, for a sentence of ours; its type where it says nothing."""
+    return (str(reason).strip() or type(reason).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
-from bksdm.errors import CheckpointError
+from bksdm.errors import CheckpointError, first_line
 
 CLIP_FOLDER = Path(__file__).parent / "clip_tokenizer"
 _TOKEN_SETTINGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -86,7 +86,7 @@ def _from_pretrained(folder: Path, named: Path) -> CLIPTokenizer:
     try:
         return CLIPTokenizer.from_pretrained(str(folder))
     except Exception as reason:  # transformers lets json, unicode, key and OS errors through, each in its own type
-        raise CheckpointError(f"{named} is not a readable CLIP tokenizer ({_first_line(reason)})") from reason
+        raise CheckpointError(f"{named} is not a readable CLIP tokenizer ({first_line(reason)})") from reason
 
 
 def _check_grown(tokenizer: CLIPTokenizer, grown: list[str], folder: Path) -> None:
@@ -108,7 +108,3 @@ def _write_bpe(specification: dict, folder: Path) -> None:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _first_line(reason: BaseException) -> str:
-    return (str(reason).strip() or type(reason).__name__).splitlines()[0]

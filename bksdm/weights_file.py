@@ -6,7 +6,6 @@ A pickle can run any code while it is loaded, so safetensors is the only format 
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ def read(path: Path, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
         raise CheckpointError(_refusal(str(path)))
     try:
         content = torch.load(str(path), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as reason:
+    except Exception as reason:  # bytes that are no pickle end in whatever they happen to decode to
         raise CheckpointError(
             f"{path} cannot be read as plain tensors: it is damaged, or holds objects which only an unsafe load makes"
         ) from reason
@@ -86,14 +85,18 @@ def read(path: Path, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
 def shapes(path: Path) -> dict[str, Shape]:
     """Names and shapes in a safetensors file, from its header. Raises CheckpointError if it is damaged or cut short."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
+        with path.open("rb") as file:  # safetensors would say of any file that it may not read that there is none
+            start = file.read(7)
     except FileNotFoundError as reason:
         raise CheckpointError(f"there is no {path}") from reason
+    except OSError as reason:
+        raise CheckpointError(f"{path} cannot be read ({reason.strerror})") from reason
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as reason:
-        with path.open("rb") as file:
-            if file.read(7) == b"version":
-                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull") from reason
+        if start == b"version":
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull") from reason
         raise CheckpointError(
             f"{path} is damaged or cut short ({path.stat().st_size} bytes; {reason}): download or copy it again"
         ) from reason
@@ -112,7 +115,8 @@ def check(folder: Path, choice: Choice) -> None:
         path = folder / name
         if name.endswith(".index.json"):
             try:
-                files.update(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+                shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+                files.update(Path(shard).name for shard in shards)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
                 raise CheckpointError(f"{path} is not an index of shards") from reason
     for name in sorted(files):

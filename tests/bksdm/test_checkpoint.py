@@ -26,6 +26,7 @@ from bksdm.variants import BASE, SMALL, TINY, VARIANTS, Removal, VariantError
 
 SameTensors = Callable[[Checkpoint, Checkpoint], None]
 UNET = "unet/diffusion_pytorch_model.safetensors"
+DESCRIBES_NONE = r"text_encoder/config\.json does not describe a CLIP text model"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
 
@@ -75,6 +76,25 @@ def test_half_precision_storage_loads_as_float32(mini_checkpoint: Checkpoint, tm
     for key, tensor in mini_checkpoint.unet.state_dict().items():
         assert torch.equal(loaded.unet.state_dict()[key], tensor.half().float())
     assert next(mini_checkpoint.unet.parameters()).dtype == torch.float32  # saving changes nothing in memory
+
+
+def test_a_weight_beyond_half_precision_is_not_stored_as_infinity(
+    build_mini: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    whole = build_mini()
+    whole.unet.conv_in.bias.data[2] = 1e5
+    with pytest.raises(CheckpointError, match=r"conv_in\.bias of the unet holds 100000, which float16 cannot store"):
+        checkpoint.save(whole, tmp_path / "half", dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+    checkpoint.save(whole, tmp_path / "full")
+
+
+def test_tied_weights_are_stored_each_for_itself(build_mini: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    whole = build_mini()
+    whole.unet.time_embedding.linear_2.bias = whole.unet.time_embedding.linear_1.bias
+    checkpoint.save(whole, tmp_path / "tied")
+    loaded = checkpoint.load(str(tmp_path / "tied")).unet.time_embedding
+    assert loaded.linear_2.bias.equal(loaded.linear_1.bias)
 
 
 def test_files_are_safetensors_tokenizer_in_every_form_and_licence(mini_folder: Path) -> None:
@@ -218,6 +238,23 @@ def test_the_guidance_scale_travels_and_is_stable_diffusions_where_nothing_is_sa
         (lambda at: edit(at / "bksdm.json", guidance_scale="2"), r"says guidance_scale 2, not 1 or more"),
         (lambda at: edit(at / "bksdm.json", guidance_scale=0.5), r"says guidance_scale 0\.5, not 1 or more"),
         (lambda at: edit(at / "text_encoder/config.json", hidden_size=64), r"text_encoder does not hold"),
+        *(
+            (lambda at, part=part, key=key, value=value: edit(at / f"{part}/config.json", **{key: value}), message)
+            for part, key, value, message in (
+                ("unet", "norm_num_groups", 0, r"unet/config\.json does not describe a UNet2DCondition"),
+                ("unet", "attention_head_dim", 0, r"unet/config\.json does not describe a UNet2DCondition"),
+                ("vae", "norm_num_groups", 0, r"vae/config\.json does not describe a AutoencoderKL"),
+                ("text_encoder", "num_attention_heads", 5, DESCRIBES_NONE),
+                ("text_encoder", "num_attention_heads", 0, DESCRIBES_NONE),
+                ("text_encoder", "hidden_act", "foo", DESCRIBES_NONE),
+                ("text_encoder", "hidden_size", "x", DESCRIBES_NONE),
+                ("text_encoder", "vocab_size", -1, DESCRIBES_NONE),
+            )
+        ),
+        (
+            lambda at: (at / f"{UNET}.index.json").write_text('{"weight_map": {"a": 1}}') and (at / UNET).unlink(),
+            r"index\.json is not an index of shards",
+        ),
         # transformers 5 reads the second of the two alone
         (
             lambda at: [(at / "tokenizer" / name).write_text("no") for name in ("vocab.json", "tokenizer.json")],
@@ -240,6 +277,28 @@ def test_truncated_weights_are_refused(copy: Path, file: str, kept: int) -> None
     with pytest.raises(CheckpointError, match=r"safetensors is damaged or cut short \(\d+ bytes") as error:
         checkpoint.load(str(copy))
     one_sentence(error)
+
+
+def test_what_may_not_be_read_is_not_said_to_be_missing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(real: Callable[..., object]) -> Callable[..., object]:
+        def look(self: Path, *arguments: object, **options: object) -> object:
+            if self.suffix == ".safetensors" or self.name == "copy":
+                raise PermissionError(13, "Permission denied", str(self))
+            return real(self, *arguments, **options)
+
+        return look
+
+    monkeypatch.setattr(Path, "open", closed(Path.open))  # tests may run as root, whom no mode of a file stops
+    with pytest.raises(CheckpointError, match=r"safetensors cannot be read \(Permission denied\)"):
+        checkpoint.load(str(copy))
+    monkeypatch.setattr(Path, "exists", closed(Path.exists))
+    with pytest.raises(CheckpointError, match=r"copy cannot be read \(Permission denied\)"):
+        checkpoint.load(str(copy))
+
+
+def test_a_path_that_is_too_long_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"x cannot be read \(File name too long\)|there is no x"):
+        checkpoint.load("x" * 5000)
 
 
 def test_a_git_lfs_pointer_is_called_by_its_name(copy: Path) -> None:

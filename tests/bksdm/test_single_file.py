@@ -321,6 +321,30 @@ def test_a_missing_tensor_is_named_never_left_random(parts: dict[str, Tensors], 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "tensor", "message"),
+    [
+        ("embeddings.token_embedding.weight", torch.zeros(49408), r"is not a Stable Diffusion checkpoint: not enough"),
+        ("encoder.layers.x.mlp.fc1.weight", torch.zeros(1), r"is not a Stable Diffusion checkpoint: invalid literal"),
+    ],
+)
+def test_keys_and_shapes_of_nonsense_are_refused(
+    parts: dict[str, Tensors], tmp_path: Path, key: str, tensor: torch.Tensor, message: str
+) -> None:
+    parts["text"][f"cond_stage_model.transformer.text_model.{key}"] = tensor
+    with pytest.raises(CheckpointError, match=message) as error:
+        checkpoint.load(str(write(tmp_path / "m.safetensors", *parts.values())))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"PK\x03\x04garbage", b"\x80\x02}q\x00.", b"\x80\x04\x95"])
+def test_bytes_that_are_no_pickle_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"m\.ckpt (cannot be read as plain tensors|holds no tensors)") as error:
+        checkpoint.load(str(tmp_path / "m.ckpt"), allow_pickle=True)
+    assert "\n" not in str(error.value)
+
+
 def test_nan_truncation_and_foreign_files_are_refused(parts: dict[str, Tensors], tmp_path: Path) -> None:
     key = "model.diffusion_model.out.2.bias"
     parts["unet"][key] = torch.full((4,), float("nan"))
