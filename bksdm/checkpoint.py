@@ -174,7 +174,7 @@ def _from_hub(
 ) -> _Loaded:
     if row is None:
         raise CheckpointError(f"weights from the Hub need a variant: choose from {', '.join(VARIANTS)}")
-    folder, commit = hub.snapshot(row.hub, revision, allow_pickle=allow_pickle)
+    folder, commit = hub.snapshot(row.hub, revision, allow_pickle=allow_pickle, with_unet=overlay is None)
     parts = diffusers_folder.load(folder, unet=overlay, allow_pickle=allow_pickle)
     return parts, f"{row.hub}@{commit}", licence.published(row.licence), row.name
 

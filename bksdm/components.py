@@ -236,7 +236,7 @@ def _why(
     if choice.pickled:
         return (
             f"{folder / choice.files[0]} cannot be read as plain tensors that fit its config.json: it is damaged, "
-            "of another model, or holds objects that only an unsafe load makes"
+            "of another model, or holds objects that only an unsafe load makes: look for a .safetensors file of it"
         )
     if len(choice.files) != 1:
         return f"{folder} cannot be loaded ({first_line(reason)})"

@@ -49,7 +49,7 @@ def load(folder: Path, *, unet: UNet2DConditionModel | None = None, allow_pickle
             f"{folder} is a {index.get('_class_name')} (it has {others[0]}), not a Stable Diffusion 1 or 2 model"
         )
     for part in PARTS:
-        if not (folder / part).is_dir():
+        if not (folder / part).is_dir() and not (part == "unet" and unet):
             raise CheckpointError(f"{folder} is not whole: it has no {part}/")
     return Components(
         text_encoder=load_text_encoder(folder / "text_encoder", allow_pickle=allow_pickle),

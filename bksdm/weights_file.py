@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,8 @@ def read(path: Path, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
         content = torch.load(str(path), map_location="cpu", weights_only=True)
     except Exception as reason:  # bytes that are no pickle end in whatever they happen to decode to
         raise CheckpointError(
-            f"{path} cannot be read as plain tensors: it is damaged, or holds objects which only an unsafe load makes"
+            f"{path} cannot be read as plain tensors: it is damaged, or holds objects which only an unsafe load makes "
+            "(a training's callbacks): look for a .safetensors file of the same model"
         ) from reason
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]  # LDM's .ckpt files wrap the weights in a training state
@@ -140,9 +142,18 @@ def _named(names: list[str], stem: str, variant: str | None, suffix: str) -> tup
 
 def _refusal(path: str) -> str:
     source = Path(path)
+    why = f"{path} is a pickle, which can run code when it is loaded"
+    if not source.exists():  # in a repository on the Hub
+        return f"{why}: pass --allow-pickle to read its tensors alone"
     safe = source.with_name(f"{'model' if source.stem == 'pytorch_model' else source.stem}.safetensors")
-    convert = f"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', weights_only=True), '{safe}')"
+    at, to = (json.dumps(str(place), ensure_ascii=False) for place in (source, safe))
+    # LDM's .ckpt files wrap the weights in a training state, and safetensors takes neither numbers nor shared memory.
+    convert = (
+        f'import torch, safetensors.torch as s; t = torch.load({at}, map_location="cpu", weights_only=True); '
+        't = t.get("state_dict", t); '
+        f"s.save_file({{k: v.clone().contiguous() for k, v in t.items() if torch.is_tensor(v)}}, {to})"
+    )
     return (
-        f"{path} is a pickle, which can run code when it is loaded: convert it to safetensors with "
-        f'python -c "{convert}", or pass --allow-pickle to read its tensors alone'
+        f"{why}: convert it to safetensors with python -c {shlex.quote(convert)}, "
+        "or pass --allow-pickle to read its tensors alone"
     )

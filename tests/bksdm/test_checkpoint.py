@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -411,8 +412,9 @@ def test_pickles_are_refused_with_the_reason_and_the_way_out(
     one_sentence(error)
     assert_same_tensors(checkpoint.load(str(copy), allow_pickle=True), mini_checkpoint)
     # The command in the message works as printed.
-    command = str(error.value).split('python -c "')[1].split('", or pass')[0]
-    subprocess.run([sys.executable, "-c", command], check=True)
+    python, *arguments = shlex.split(str(error.value).split("safetensors with ")[1].split(", or pass")[0])
+    assert python == "python"
+    subprocess.run([sys.executable, *arguments], check=True)
     assert (copy / part / safe).is_file()
     (copy / part / name).unlink()
     assert_same_tensors(checkpoint.load(str(copy)), mini_checkpoint)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -380,6 +383,29 @@ def test_pickled_single_files_are_refused_and_then_read_as_tensors(
     with pytest.raises(CheckpointError, match=rf"m\{suffix} is a pickle.*--allow-pickle"):
         checkpoint.load(str(path))
     assert_same(checkpoint.load(str(path), allow_pickle=True).unet, shaped.unet)
+
+
+def test_the_printed_conversion_works_for_a_training_state_under_an_awkward_name(
+    parts: dict[str, Tensors], shaped: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / 'Ada\'s "best" $HOME').mkdir()
+    path = tmp_path / 'Ada\'s "best" $HOME' / "m.ckpt"
+    whole = {name: tensor for tensors in parts.values() for name, tensor in tensors.items()}
+    whole["model_ema.decay"] = whole["model_ema.decay2"] = torch.ones(2)  # in one memory
+    torch.save({"state_dict": whole, "global_step": 470_000}, path)
+    with pytest.raises(CheckpointError, match="convert it to safetensors") as error:
+        checkpoint.load(str(path))
+    assert "\n" not in str(error.value)
+    python, *arguments = shlex.split(str(error.value).split("safetensors with ")[1].split(", or pass")[0])
+    assert python == "python"
+    subprocess.run([sys.executable, *arguments], check=True)
+    assert_same(checkpoint.load(str(path.with_suffix(".safetensors"))).unet, shaped.unet)
+
+
+def test_a_state_with_callbacks_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "callbacks": {"checkpoint": Path("last.ckpt")}}, tmp_path / "m.ckpt")
+    with pytest.raises(CheckpointError, match=r"callbacks\): look for a \.safetensors file of the same model"):
+        checkpoint.load(str(tmp_path / "m.ckpt"), allow_pickle=True)
 
 
 def test_licence_in_the_header_is_read(parts: dict[str, Tensors], tmp_path: Path) -> None:
