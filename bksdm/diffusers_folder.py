@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from bksdm import vocabulary
+from bksdm import leftovers, vocabulary
 from bksdm.components import (
     Components,
     load_diffusers_model,
@@ -88,21 +88,17 @@ def save(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype | None = No
     """Write `checkpoint` as `folder`; see bksdm.checkpoint.save."""
     folder = Path(folder).resolve()
     refuse_foreign(folder)
-    # Not hidden: what a killed process left behind should be seen, and deleted, by the user.
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f"{folder.name}.replaced-{os.getpid()}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write(checkpoint, partial, dtype)
-        # Two renames: a kill between them leaves the old checkpoint whole under its .replaced name, never a mixture.
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
+        with leftovers.scratch(folder.parent, f"{folder.name}.partial-") as partial:
+            _write(checkpoint, partial, dtype)
+            # Two renames: a kill between them leaves the old checkpoint whole as .replaced, never a mixture.
+            if folder.exists():
+                folder.rename(replaced)
+            partial.rename(folder)
     except (OSError, SafetensorError) as reason:
         raise CheckpointError(f"cannot write {folder}: {getattr(reason, 'strerror', None) or reason}") from reason
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
         elif replaced.exists():  # the second rename failed: put the old checkpoint back
