@@ -387,6 +387,15 @@ class Bomb:
         return (Path.touch, (self.path,))
 
 
+def test_a_hostile_single_file_never_runs(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"model.diffusion_model.out.2.bias": Bomb(tmp_path / "exploded")}}, tmp_path / "m.ckpt")
+    for allow in (False, True):
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.load(str(tmp_path / "m.ckpt"), allow_pickle=allow)
+        one_sentence(error)
+    assert not (tmp_path / "exploded").exists()
+
+
 def pickled(at: Path, part: str, name: str, *extra: object) -> Path:
     (file,) = (at / part).glob("*.safetensors")
     tensors = load_file(file)
@@ -421,7 +430,12 @@ def test_pickles_are_refused_with_the_reason_and_the_way_out(
 
 
 @pytest.mark.parametrize(
-    ("part", "name"), [("unet", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")]
+    ("part", "name"),
+    [
+        ("unet", "diffusion_pytorch_model.bin"),
+        ("vae", "diffusion_pytorch_model.bin"),
+        ("text_encoder", "pytorch_model.bin"),
+    ],
 )
 def test_a_hostile_pickle_never_runs(copy: Path, tmp_path: Path, part: str, name: str) -> None:
     pickled(copy, part, name, Bomb(tmp_path / "exploded"))
@@ -596,6 +610,8 @@ def test_a_kill_while_saving_leaves_no_half_checkpoint(
         assert_same_tensors(checkpoint.load(str(target)), mini_checkpoint)
     else:
         assert not target.exists()
+    checkpoint.save(mini_checkpoint, target)  # which also sweeps what the killed process left
+    assert not list(tmp_path.glob("*.partial-*"))
 
 
 # Demo.
