@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from bksdm import (
     weights_file,
 )
 from bksdm.components import Components
-from bksdm.errors import CheckpointError
+from bksdm.errors import CheckpointError, first_line
 from bksdm.licence import Licence
 from bksdm.unet import unet_config
 from bksdm.variants import VARIANTS, Variant
@@ -41,7 +42,7 @@ class Checkpoint:
     """The whole model, in eval mode, float32, on the CPU.
 
     variant: the name of a row of bksdm.variants, or "custom" (another width, for instance the demo).
-    source: "nota-ai/bk-sdm-small@<revision>", a path, "demo", or "random(small, seed=0)".
+    source: "nota-ai/bk-sdm-small@<revision>", the name of a folder or file, "demo", or "random(small, seed=0)".
     image_size: default height and width in pixels; guidance_scale: what the model is meant to be sampled with.
     """
 
@@ -57,6 +58,16 @@ class Checkpoint:
     guidance_scale: float = GUIDANCE_SCALE
 
 
+@contextmanager
+def _os_errors_said() -> Iterator[None]:
+    """A folder that may not be entered, a name that is too long: met at any look at a path."""
+    try:
+        yield
+    except OSError as reason:
+        raise CheckpointError(f"{reason.filename} cannot be read ({reason.strerror or first_line(reason)})") from reason
+
+
+@_os_errors_said()
 def load(
     weights: str | None,
     *,
@@ -81,7 +92,7 @@ def load(
     overlay = None
     if unet is not None:
         if not Path(unet).exists():
-            raise CheckpointError(f"there is no {unet}: --unet names a folder with a trained U-Net")
+            raise CheckpointError(f"there is no {unet}: expected a folder with a trained U-Net")
         overlay = diffusers_folder.load_unet(Path(unet), allow_pickle=allow_pickle)
     said: Mapping[str, object] = {}
     if weights == "random":
@@ -96,14 +107,21 @@ def load(
         architecture = row.architecture if row else None
         parts = single_file.load(path, architecture=architecture, allow_pickle=allow_pickle)
         entries = weights_file.metadata(path) if path.suffix == ".safetensors" else {}
-        source, terms, claimed = str(path), licence.of_header(entries, str(path)), None
+        source, claimed = _called(path), None
+        terms = licence.of_header(entries, source)
+    if row is not None and terms.name == licence.UNKNOWN:
+        terms = licence.of_variant(row.licence, row.name, source)
     if unet is not None and overlay is not None:
         parts = dataclasses.replace(parts, unet=overlay)
-        source = f"{source} with the U-Net of {unet}"
-        terms = _with_overlay(terms, Path(unet))
-    size = components.image_size(parts, source)
+        source = f"{source} with the U-Net of {_called(Path(unet))}"
+        if own := _licence_of_unet(Path(unet)):
+            terms = licence.joined(terms, own, "U-Net")
+    where = source  # in errors, unlike in records, a path is a path
+    if weights not in (None, "demo", "random"):
+        where = str(weights) if unet is None else f"{weights} with the U-Net of {unet}"
+    size = components.image_size(parts, where)
     return Checkpoint(
-        variant=_name(row, claimed, parts.unet, source),
+        variant=_name(row, claimed, parts.unet, where),
         source=source,
         text_encoder=parts.text_encoder,
         unet=parts.unet,
@@ -112,7 +130,7 @@ def load(
         scheduler_config=parts.scheduler_config,
         licence=terms,
         image_size=size,
-        guidance_scale=_guidance_scale(said, source),
+        guidance_scale=_guidance_scale(said, where),
     )
 
 
@@ -156,18 +174,17 @@ def _from_hub(
 ) -> _Loaded:
     if row is None:
         raise CheckpointError(f"weights from the Hub need a variant: choose from {', '.join(VARIANTS)}")
-    folder, commit = hub.snapshot(row.hub, revision, allow_pickle=allow_pickle)
+    folder, commit = hub.snapshot(row.hub, revision, allow_pickle=allow_pickle, with_unet=overlay is None)
     parts = diffusers_folder.load(folder, unet=overlay, allow_pickle=allow_pickle)
     return parts, f"{row.hub}@{commit}", licence.published(row.licence), row.name
 
 
 def _from_folder(folder: Path, overlay: UNet2DConditionModel | None, *, allow_pickle: bool) -> _Loaded:
     parts = diffusers_folder.load(folder, unet=overlay, allow_pickle=allow_pickle)
-    record = diffusers_folder.record(folder)
-    name = record.get("licence")
-    terms = licence.of_folder(folder, name=name if isinstance(name, str) else None) or licence.unknown(str(folder))
-    claimed = record.get("variant")
-    return parts, str(folder), terms, claimed if isinstance(claimed, str) else None
+    source = _called(folder)
+    claimed = diffusers_folder.record(folder).get("variant")
+    terms = _licence_of(folder) or licence.unknown(source)
+    return parts, source, terms, claimed if isinstance(claimed, str) else None
 
 
 def _random(row: Variant | None, seed: int) -> _Loaded:
@@ -190,7 +207,7 @@ def _guidance_scale(record: Mapping[str, object], source: str) -> float:
 def _existing(path: Path) -> Path:
     if not path.exists():
         hint = " (a variant's name: leave the weights out to download them)" if str(path) in VARIANTS else ""
-        raise CheckpointError(f"there is no {path}{hint}: {hub.OTHER_WAYS}")
+        raise CheckpointError(f"there is no {path}{hint}: {hub.OTHER_WAYS}", change="weights")
     return path
 
 
@@ -212,8 +229,19 @@ def _difference(row: Variant, unet: UNet2DConditionModel) -> str | None:
     return None
 
 
-def _with_overlay(terms: Licence, folder: Path) -> Licence:
-    own = licence.of_folder(folder)
-    if own is None or own == terms:
-        return terms
-    return Licence(f"{terms.name}; U-Net: {own.name}", f"{terms.notice}\n\nThe U-Net:\n\n{own.notice}")
+def _called(path: Path) -> str:
+    """What a path is called in records and notices, which travel: its name, not where this machine keeps it."""
+    path = path.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name == "unet" else path.name
+
+
+def _licence_of(folder: Path) -> Licence | None:
+    name = diffusers_folder.record(folder).get("licence")
+    return licence.of_folder(folder, name=name if isinstance(name, str) else None)
+
+
+def _licence_of_unet(folder: Path) -> Licence | None:
+    """A bare U-Net's licence lies beside it, or in the checkpoint that it is the unet/ of."""
+    whole = folder.resolve().parent
+    is_part = (folder / "config.json").is_file() and (whole / diffusers_folder.INDEX).is_file()
+    return _licence_of(folder) or (_licence_of(whole) if is_part else None)

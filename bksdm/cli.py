@@ -34,6 +34,12 @@ TEACHERS = tuple(name for name, row in VARIANTS.items() if not row.teacher)
     help=f"A diffusers folder, a .safetensors file, demo, random, or a model on the Hub: {', '.join(TEACHERS)}. "
     "Default: the variant's own teacher, from the Hub.",
 )
+@click.option(
+    "--teacher-variant",
+    type=click.Choice(TEACHERS),
+    help="What the teacher is. A single file of Stable Diffusion 2 does not say it: sd-v2.1-base predicts noise, "
+    "sd-v2.1 velocity.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--force", is_flag=True, help="Replace the checkpoint that is in the output folder.")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Stored weights.")
@@ -43,6 +49,7 @@ TEACHERS = tuple(name for name, row in VARIANTS.items() if not row.teacher)
 def main(
     variant: str,
     teacher: str | None,
+    teacher_variant: str | None,
     output: Path,
     force: bool,
     dtype: str,
@@ -52,8 +59,8 @@ def main(
 ) -> None:
     """Write the student that block removal leaves of a teacher: a full diffusers checkpoint.
 
-    The student starts from its teacher's weights and still needs distilling (bksdm-train). The table of what was kept
-    and removed goes to standard output.
+    The student starts from its teacher's weights and still needs distilling. The table of what was kept and removed
+    goes to standard output.
     """
     # At its import diffusers reports which of several optimum distributions it picked: nothing for our users.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -61,26 +68,31 @@ def main(
     try:
         if output.exists() and not force and (not output.is_dir() or any(output.iterdir())):
             raise CheckpointError(f"{output} exists: choose another folder, or pass --force to replace a checkpoint")
-        _compress(VARIANTS[variant], teacher, output, dtype, revision, allow_pickle=allow_pickle, seed=seed)
+        from bksdm import checkpoint, diffusers_folder
+
+        diffusers_folder.refuse_foreign(output)  # before the teacher is loaded and cut
+        name, variant_said = _named(VARIANTS[variant], teacher, teacher_variant)
+        _say("loading the teacher ...")
+        whole = checkpoint.load(name, variant=variant_said, revision=revision, allow_pickle=allow_pickle, seed=seed)
+        _compress(VARIANTS[variant], whole, output, dtype)
     except ModuleNotFoundError as reason:
         if reason.name not in EXTRA:
             raise
         _end(2, "needs torch: pip install 'bksdm[torch]'")
-    except (CheckpointError, IncompatibleTeacher, VariantError) as reason:
-        _end(1, str(reason).replace("--weights", "--teacher"))
+    except CheckpointError as reason:
+        flag = {"weights": " (--teacher)", "variant": " (--teacher-variant)"}.get(reason.change or "", "")
+        _end(1, f"{reason}{flag}")
+    except (IncompatibleTeacher, VariantError, OSError) as reason:
+        _end(1, str(reason))
     except KeyboardInterrupt:
-        _end(130, "stopped, nothing was written")
+        _end(130, "stopped")
 
 
-def _compress(
-    row: Variant, teacher: str | None, output: Path, dtype: str, revision: str | None, *, allow_pickle: bool, seed: int
-) -> None:
+def _compress(row: Variant, whole: Checkpoint, output: Path, dtype: str) -> None:
     import torch
 
     from bksdm import block_removal, checkpoint
 
-    _say("loading the teacher ...")
-    whole = _load_teacher(row, teacher, revision, allow_pickle=allow_pickle, seed=seed)
     is_v2 = bool(whole.unet.config["use_linear_projection"])
     if row.name.startswith("v2-") and not is_v2:
         raise IncompatibleTeacher(
@@ -100,26 +112,26 @@ def _compress(
         unet=unet,
         licence=replace(whole.licence, notice=f"{changed}\n\n{whole.licence.notice}"),
     )
+    lines = report(whole, student, blocks, output)  # before the student is written: whatever fails, fails here
     _say(f"writing {output} ...")
     checkpoint.save(student, output, dtype={"fp32": torch.float32, "fp16": torch.float16}[dtype])
-    click.echo("\n".join(report(whole, student, blocks, output)))
+    click.echo("\n".join(lines))
 
 
-def _load_teacher(
-    row: Variant, teacher: str | None, revision: str | None, *, allow_pickle: bool, seed: int
-) -> Checkpoint:
-    from bksdm import checkpoint
-
-    if teacher is None or (teacher in TEACHERS and not Path(teacher).exists()):
-        return checkpoint.load(None, variant=teacher or row.teacher, revision=revision, allow_pickle=allow_pickle)
-    variant = row.teacher if teacher == "random" else None
-    if teacher.endswith(".safetensors") and row.family == "v2":
-        variant = row.teacher  # a single SD 2 file does not say what it predicts; v2 students are cut from sd-v2.1-base
-    return checkpoint.load(teacher, variant=variant, revision=revision, allow_pickle=allow_pickle, seed=seed)
+def _named(row: Variant, teacher: str | None, variant: str | None) -> tuple[str | None, str | None]:
+    """What bksdm.checkpoint.load calls this teacher: its weights (None for the Hub's) and its variant."""
+    if teacher in TEACHERS and not Path(teacher).exists():
+        if variant not in (None, teacher):
+            raise CheckpointError(f"--teacher {teacher} is another model than --teacher-variant {variant}: name one")
+        return None, teacher
+    if teacher in (None, "random"):
+        return teacher, variant or row.teacher
+    return teacher, variant
 
 
 def report(teacher: Checkpoint, student: Checkpoint, blocks: Iterable[Block], output: Path) -> list[str]:
     """The table of what was kept and removed, one line per part of the teacher's U-Net."""
+    from bksdm.components import vae_scale
     from bksdm.unet import count_macs
 
     parts: dict[str, list[Block]] = {}
@@ -138,7 +150,7 @@ def report(teacher: Checkpoint, student: Checkpoint, blocks: Iterable[Block], ou
         )
     total = _params(teacher), _params(student)
     unet = _unet_params(teacher), _unet_params(student)
-    latent = int(teacher.unet.config["sample_size"])
+    latent = student.image_size // vae_scale(student.vae)
     macs = count_macs(teacher.unet.config, latent=latent), count_macs(student.unet.config, latent=latent)
     prefix, unit = ("G", 1e9) if macs[1] > 1e9 else ("M", 1e6)
     rows += [

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from bksdm import vocabulary, weights_file
-from bksdm.errors import CheckpointError
+from bksdm.errors import CheckpointError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def load_diffusers_model(kind: type[Model], folder: Path, *, allow_pickle: bool 
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (ValueError, TypeError, RuntimeError, OSError, AttributeError, KeyError, IndexError) as reason:
+    except Exception as reason:  # nonsense in a config.json ends in any exception of the model's constructor
         raise CheckpointError(_why(kind, folder, config, choice, reason)) from reason
     for what in ("missing", "unexpected", "mismatched"):
         if keys := sorted(info[f"{what}_keys"]):
@@ -88,17 +88,21 @@ def load_text_encoder(folder: Path, *, allow_pickle: bool = False) -> CLIPTextMo
     for name in choice.files:
         if not name.endswith(".json"):
             tensors.update(weights_file.read(folder / name, allow_pickle=allow_pickle))
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    return build_text_encoder(text_model(settings, folder / "config.json"), tensors, folder)
+
+
+def text_model(settings: Mapping[str, Any], where: Path) -> CLIPTextModel:
+    """CLIP's text model of this configuration, its weights on "meta". where: what an error calls the configuration."""
     try:
-        model_config = CLIPTextConfig(**{key: value for key, value in config.items() if not key.startswith("_")})
-    except (TypeError, ValueError, AttributeError) as reason:
-        raise CheckpointError(f"{folder / 'config.json'} is not a CLIP text configuration ({reason})") from reason
-    return build_text_encoder(model_config, tensors, folder)
+        with init_empty_weights(include_buffers=False), quiet_libraries():
+            return CLIPTextModel(CLIPTextConfig(**settings))
+    except Exception as reason:  # as above: transformers checks few of its settings
+        raise CheckpointError(f"{where} does not describe a CLIP text model ({first_line(reason)})") from reason
 
 
-def build_text_encoder(config: CLIPTextConfig, tensors: Mapping[str, torch.Tensor], where: Path) -> CLIPTextModel:
-    """CLIP's text model with exactly these tensors; none may be missing, left over, or of another shape."""
-    with init_empty_weights(include_buffers=False), quiet_libraries():
-        model = CLIPTextModel(config)
+def build_text_encoder(model: CLIPTextModel, tensors: Mapping[str, torch.Tensor], where: Path) -> CLIPTextModel:
+    """`model` with exactly these tensors; none may be missing, left over, or of another shape."""
     expected = model.state_dict()
     prefixed = any(key.startswith(CLIP_PREFIX) for key in expected)
     found = {
@@ -223,20 +227,19 @@ def _why(
     choice: weights_file.Choice,
     reason: BaseException,
 ) -> str:
-    first_line = (str(reason).strip() or type(reason).__name__).splitlines()[0]
     try:
         with torch.device("meta"), quiet_libraries():
             model: nn.Module = kind.from_config(config)  # pyright: ignore[reportAssignmentType]
             expected = _shapes(model.state_dict())
     except Exception as wrong:  # any nonsense in a config.json ends in some exception of the model's constructor
-        return f"{folder / 'config.json'} does not describe a {kind.__name__} ({wrong})"
+        return f"{folder / 'config.json'} does not describe a {kind.__name__} ({first_line(wrong)})"
     if choice.pickled:
         return (
             f"{folder / choice.files[0]} cannot be read as plain tensors that fit its config.json: it is damaged, "
-            "of another model, or holds objects that only an unsafe load makes"
+            "of another model, or holds objects that only an unsafe load makes: look for a .safetensors file of it"
         )
     if len(choice.files) != 1:
-        return f"{folder} cannot be loaded ({first_line})"
+        return f"{folder} cannot be loaded ({first_line(reason)})"
     (file,) = choice.files
-    difference = first_difference(expected, weights_file.shapes(folder / file)) or first_line
+    difference = first_difference(expected, weights_file.shapes(folder / file)) or first_line(reason)
     return f"{folder} does not hold what its config.json describes: {difference}"

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from bksdm import vocabulary
+from bksdm import leftovers, vocabulary
 from bksdm.components import (
     Components,
     load_diffusers_model,
@@ -39,7 +39,7 @@ def load(folder: Path, *, unet: UNet2DConditionModel | None = None, allow_pickle
     if not (folder / INDEX).is_file():
         if unet_folder(folder):
             raise CheckpointError(
-                f"{folder} holds a U-Net alone: name it with --unet, and the model it belongs to with --weights"
+                f"{folder} holds a U-Net alone: name the whole model it belongs to, over which it can be laid"
             )
         raise CheckpointError(f"{folder} is not a diffusers checkpoint: it has no {INDEX}")
     index = read_config(folder / INDEX)
@@ -49,7 +49,7 @@ def load(folder: Path, *, unet: UNet2DConditionModel | None = None, allow_pickle
             f"{folder} is a {index.get('_class_name')} (it has {others[0]}), not a Stable Diffusion 1 or 2 model"
         )
     for part in PARTS:
-        if not (folder / part).is_dir():
+        if not (folder / part).is_dir() and not (part == "unet" and unet):
             raise CheckpointError(f"{folder} is not whole: it has no {part}/")
     return Components(
         text_encoder=load_text_encoder(folder / "text_encoder", allow_pickle=allow_pickle),
@@ -87,29 +87,26 @@ def record(folder: Path) -> dict[str, object]:
 def save(checkpoint: Checkpoint, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write `checkpoint` as `folder`; see bksdm.checkpoint.save."""
     folder = Path(folder).resolve()
-    _refuse_foreign(folder)
-    # Not hidden: what a killed process left behind should be seen, and deleted, by the user.
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    refuse_foreign(folder)
     replaced = folder.with_name(f"{folder.name}.replaced-{os.getpid()}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write(checkpoint, partial, dtype)
-        # Two renames: a kill between them leaves the old checkpoint whole under its .replaced name, never a mixture.
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
+        with leftovers.scratch(folder.parent, f"{folder.name}.partial-") as partial:
+            _write(checkpoint, partial, dtype)
+            # Two renames: a kill between them leaves the old checkpoint whole as .replaced, never a mixture.
+            if folder.exists():
+                folder.rename(replaced)
+            partial.rename(folder)
     except (OSError, SafetensorError) as reason:
         raise CheckpointError(f"cannot write {folder}: {getattr(reason, 'strerror', None) or reason}") from reason
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
         elif replaced.exists():  # the second rename failed: put the old checkpoint back
             replaced.rename(folder)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
+    """Raise CheckpointError where save() would replace anything but a checkpoint."""
     if folder.is_dir():
         if any(folder.iterdir()) and not (folder / INDEX).is_file():
             raise CheckpointError(f"{folder} holds something that is not a checkpoint: choose another folder")
@@ -166,11 +163,19 @@ def _model_index(scheduler: str) -> dict[str, object]:
 
 def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, dtype: torch.dtype | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Each tensor contiguous and alone in its memory: safetensors refuses views of one storage.
-    whole = {
-        key: tensor.detach().to(dtype=dtype if tensor.is_floating_point() else None).contiguous()
-        for key, tensor in tensors.items()
-    }
+    whole: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for key, tensor in tensors.items():
+        cast = tensor.detach().to(dtype=dtype if tensor.is_floating_point() else None).contiguous()
+        if cast.dtype != tensor.dtype and not torch.isfinite(cast).all():
+            value = tensor.detach()[~torch.isfinite(cast)].flatten()[0].item()
+            raise CheckpointError(
+                f"{key} of the {path.parent.name} holds {value:g}, which {str(cast.dtype).removeprefix('torch.')} "
+                "cannot store: keep fp32"
+            )
+        # safetensors refuses two tensors in one memory, as tied weights are.
+        whole[key] = cast.clone() if cast.untyped_storage().data_ptr() in storages else cast
+        storages.add(cast.untyped_storage().data_ptr())
     save_file(whole, str(path), metadata={"format": "pt"})
     # safetensors 0.8 lets the owner alone read its files; weights are as readable as the config beside them.
     path.chmod((path.parent / "config.json").stat().st_mode & 0o777)

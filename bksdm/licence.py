@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +17,12 @@ UNKNOWN = "unknown"
 _PUBLISHED = {
     OPENRAIL_M: "creativeml-openrail-m.txt",
     OPENRAIL_PLUS_PLUS_M: "creativeml-openrail-plus-plus-m.txt",
+}
+# How model cards and headers write the two, without case, spaces and hyphens; the last is the Hub's own identifier.
+_SPELLINGS = {
+    "creativemlopenrailm": OPENRAIL_M,
+    "creativemlopenrail++m": OPENRAIL_PLUS_PLUS_M,
+    "openrail++": OPENRAIL_PLUS_PLUS_M,
 }
 # Looked for in this order, so that one file is chosen on every machine.
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
@@ -39,7 +46,7 @@ def published(name: str) -> Licence:
 
 
 def of_folder(folder: Path, *, name: str | None = None) -> Licence | None:
-    """The licence file that lies in a checkpoint folder, or None.
+    """The licence file that lies in a checkpoint folder, or what its model card (README.md) names, or None.
 
     name: what the folder's own record calls it; without one the text itself decides, so that renamed
     copies of the OpenRAIL texts are still called by their name.
@@ -52,15 +59,28 @@ def of_folder(folder: Path, *, name: str | None = None) -> Licence | None:
             except (OSError, UnicodeDecodeError) as reason:
                 raise CheckpointError(f"{path} cannot be read as text ({reason})") from reason
             return Licence(name or _name_in(notice), notice)
-    return None
+    return _of_model_card(folder / "README.md")
 
 
 def of_header(entries: Mapping[str, str], source: str) -> Licence:
     """What a single file says of itself in its header (the modelspec entries); unknown when it says nothing."""
     if name := entries.get("modelspec.license"):
         author = entries.get("modelspec.author", "its author")
-        return Licence(name, f"{source} by {author} names its licence in its header: {name}\n")
+        return _stated(name, f"{source} by {author} names its licence in its header: {name}")
     return unknown(source)
+
+
+def of_variant(name: str, variant: str, source: str) -> Licence:
+    """For weights without a licence of their own that are said to be a published model."""
+    return _stated(name, f"No licence file came with these weights ({source}); they are said to be {variant}: {name}")
+
+
+def joined(terms: Licence, own: Licence, part: str) -> Licence:
+    """The licence of a model, one part of which ("U-Net") has a licence of its own."""
+    if own.notice == terms.notice:
+        return terms
+    name = terms.name if own.name == terms.name else f"{terms.name}; {part}: {own.name}"
+    return Licence(name, f"{terms.notice}\n\nThe {part}:\n\n{own.notice}")
 
 
 def unknown(source: str) -> Licence:
@@ -68,6 +88,22 @@ def unknown(source: str) -> Licence:
     return Licence(
         UNKNOWN, f"No licence file came with these weights ({source}). Ask their author before passing on.\n"
     )
+
+
+def _stated(name: str, sentence: str) -> Licence:
+    """A licence known by its name alone: with its whole text where this package has it."""
+    known = _SPELLINGS.get(re.sub(r"[^a-z0-9+]", "", name.lower()).removesuffix("license"))
+    return Licence(known, f"{sentence}\n\n{published(known).notice}") if known else Licence(name, f"{sentence}\n")
+
+
+def _of_model_card(path: Path) -> Licence | None:
+    if not path.is_file():
+        return None
+    front = re.match(r"---\s*\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    for key in ("license_name", "license"):  # the Hub's "license: other" has its name beside it
+        if front and (found := re.search(rf"^{key}: *['\"]?([^'\"\n#]+)", front[1], re.MULTILINE)):
+            return _stated(found[1].strip(), f"The model card of these weights names their licence: {found[1].strip()}")
+    return None
 
 
 def _name_in(notice: str) -> str:

@@ -10,9 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from bksdm import leftovers
 
 
 class PackageError(Exception):
@@ -94,12 +95,11 @@ def fetch(name: str) -> Path:
     path = cache_folder() / "packages" / package.file
     if path.is_file() and _sha256(path) == package.sha256:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
-        _run_client(package, Path(folder))
-        got = Path(folder) / package.file
+    with leftovers.scratch(path.parent, ".fetch-") as folder:
+        _run_client(package, folder)
+        got = folder / package.file
         if not got.is_file():
-            found = ", ".join(sorted(p.name for p in Path(folder).iterdir())) or "nothing"
+            found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
             raise PackageError(f"{name} {package.version}: expected {package.file}, the client left {found}")
         digest = _sha256(got)
         if digest != package.sha256:

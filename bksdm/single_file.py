@@ -15,17 +15,26 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from bksdm import vocabulary, weights_file
 from bksdm.architecture import SD_V1_4, SD_V2_1_BASE, Architecture
-from bksdm.components import Components, Model, build_text_encoder, finite, quiet_libraries
+from bksdm.components import Components, Model, build_text_encoder, finite, quiet_libraries, text_model
 from bksdm.diffusers_folder import write_json
-from bksdm.errors import CheckpointError
+from bksdm.errors import CheckpointError, first_line
 from bksdm.weights_file import Shape
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 _HEAD_WIDTH = 64  # of CLIP's and of SD 2's attention heads; SD 1's U-Net has 8 heads instead, whatever their width
+# modelspec.prediction_type, and beginnings of modelspec.architecture, as they are found in headers
+_PREDICTIONS = {
+    "epsilon": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "v-prediction": "v_prediction",
+    "stable-diffusion-v2-512": "epsilon",
+    "stable-diffusion-v2-768-v": "v_prediction",
+}
 _BLOCK_NUMBER = re.compile(rf"({re.escape(UNET)}(?:input|output)_blocks)\.(\d+)\.(\d+)\.(.+)")
 
 
@@ -42,21 +51,27 @@ def load(path: Path, *, architecture: Architecture | None = None, allow_pickle: 
     if architecture is None and is_v2:
         raise CheckpointError(
             f"{path} is a Stable Diffusion 2 file, and its keys do not say whether it predicts noise or velocity: "
-            "name it with --variant sd-v2.1-base (noise, 512 px) or sd-v2.1 (velocity, 768 px), or a v2 student"
+            "name its variant, sd-v2.1-base (noise, 512 px) or sd-v2.1 (velocity, 768 px), or a v2 student",
+            change="variant",
         )
     like = architecture or SD_V1_4
+    _refuse_another_prediction(path, like)
     try:
         configs = {"unet": unet_config(found, like), "vae": vae_config(found, like)}
         text = text_config(found, SD_V2_1_BASE if is_v2 else SD_V1_4)
-    except (KeyError, IndexError) as reason:
+    except KeyError as reason:
         raise CheckpointError(f"{path} is not whole: it lacks {reason.args[0]}") from reason
+    except (IndexError, ValueError) as reason:  # a tensor of fewer dimensions, a layer's number that is none
+        raise CheckpointError(
+            f"{path} is not a Stable Diffusion checkpoint: {reason} (its keys and shapes)"
+        ) from reason
     with tempfile.TemporaryDirectory() as folder:
         for name, config in configs.items():
             write_json(Path(folder) / name / "config.json", config)
         unet = _convert(UNet2DConditionModel, tensors, Path(folder), "unet", path)
         vae = _convert(AutoencoderKL, tensors, Path(folder), "vae", path)
     return Components(
-        text_encoder=_text_encoder(tensors, CLIPTextConfig(**text), path, is_v2=is_v2),
+        text_encoder=_text_encoder(tensors, text_model(text, path), path, is_v2=is_v2),
         unet=unet,
         vae=vae,
         tokenizer=vocabulary.clip("!" if is_v2 else "<|endoftext|>"),
@@ -151,19 +166,33 @@ def _convert(kind: type[Model], tensors: dict[str, torch.Tensor], folder: Path, 
                 torch_dtype=torch.float32,
                 local_files_only=True,
             )
-    except (ValueError, TypeError, RuntimeError, OSError, AttributeError, KeyError, IndexError) as reason:
-        raise CheckpointError(f"{path}: its {name} cannot be converted ({str(reason).splitlines()[0]})") from reason
+    except Exception as reason:  # the converter trusts its file, and so ends in any exception
+        raise CheckpointError(f"{path}: its {name} cannot be converted ({first_line(reason)})") from reason
     return finite(model.eval(), path)
 
 
-def _text_encoder(
-    tensors: dict[str, torch.Tensor], config: CLIPTextConfig, path: Path, *, is_v2: bool
-) -> CLIPTextModel:
-    if not is_v2:
-        return build_text_encoder(config, convert_ldm_clip_checkpoint(tensors), path)
-    with torch.device("meta"):
-        template = CLIPTextModel(config)  # diffusers reads the width off it
-    return build_text_encoder(config, convert_open_clip_checkpoint(template, tensors), path)
+def _text_encoder(tensors: dict[str, torch.Tensor], model: CLIPTextModel, path: Path, *, is_v2: bool) -> CLIPTextModel:
+    try:
+        # diffusers reads the width off the model
+        found = convert_open_clip_checkpoint(model, tensors) if is_v2 else convert_ldm_clip_checkpoint(tensors)
+    except Exception as reason:  # as above
+        raise CheckpointError(f"{path}: its text encoder cannot be converted ({first_line(reason)})") from reason
+    return build_text_encoder(model, found, path)
+
+
+def _refuse_another_prediction(path: Path, like: Architecture) -> None:
+    """Hold what the header says (github.com/Stability-AI/ModelSpec) against what the model would be sampled with."""
+    entries = weights_file.metadata(path) if path.suffix == ".safetensors" else {}
+    kind = entries.get("modelspec.architecture", "").lower()
+    said = _PREDICTIONS.get(entries.get("modelspec.prediction_type", "").lower())
+    said = said or _PREDICTIONS.get(next((name for name in _PREDICTIONS if kind.startswith(name)), ""))
+    expected = like.scheduler["prediction_type"]
+    if said not in (None, expected):
+        raise CheckpointError(
+            f"{path} says in its header that it predicts {said}, and the variant it is taken for predicts {expected}: "
+            "name another variant, or convert it to a diffusers folder, whose scheduler says what it predicts",
+            change="variant",
+        )
 
 
 def _refuse_others(shapes: Mapping[str, Shape], path: Path) -> None:

@@ -44,7 +44,6 @@ class Scores:
     fid: float
     is_: float
     clip: float
-    source: str = PAPER
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Variant:
     """One row. teacher: the name of the row it was cut from, None for a teacher itself.
 
     architecture: of its teacher (the U-Net's rule is `removal`). unet_params, macs: of the U-Net, one evaluation at
-    512 px; `counted` names those of the two that we counted and the authors did not print. pairs: training pairs.
+    512 px; `counted` names those of the two that we counted and the authors did not print. source: of its figures.
     """
 
     name: str
@@ -66,7 +65,6 @@ class Variant:
     scores: Scores | None
     licence: str = OPENRAIL_M
     counted: tuple[str, ...] = ()
-    pairs: int | None = None
     source: str = PAPER
 
 
@@ -75,7 +73,6 @@ BASE = Removal(layers=1)
 SMALL = Removal(layers=1, mid_block=True)
 TINY = Removal(layers=1, mid_block=True, stages=1)
 
-_PAIRS, _PAIRS_2M = 212_776, 2_256_472  # LAION-Aesthetics V2 6.5+ and 6.25+
 _COUNTED = ("unet_params", "macs")
 
 
@@ -94,7 +91,6 @@ def _student(
         scores=scores,
         licence=OPENRAIL_M,  # also the v2 family's model cards
         counted=() if printed else _COUNTED,
-        pairs=_PAIRS_2M if name.endswith("-2m") else _PAIRS,
     )
 
 
@@ -134,6 +130,7 @@ SD21 = Variant(
     scores=None,
     licence=OPENRAIL_PLUS_PLUS_M,
     counted=_COUNTED,
+    source="counted",
 )
 
 # name, teacher, removal, U-Net parameters, multiply-accumulates, (FID, IS, CLIP score)

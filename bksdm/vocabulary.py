@@ -10,11 +10,13 @@ import json
 import tempfile
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
-from bksdm.errors import CheckpointError
+from bksdm.errors import CheckpointError, first_line
 
 CLIP_FOLDER = Path(__file__).parent / "clip_tokenizer"
+_TOKEN_SETTINGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 TOKENS = 77  # CLIP's context length, the only one that SD 1 and SD 2 were trained with
 
 
@@ -40,7 +42,10 @@ def load(folder: Path) -> CLIPTokenizer:
 
 
 def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write vocab.json, merges.txt, tokenizer.json, tokenizer_config.json and special_tokens_map.json into `folder`."""
+    """Write vocab.json, merges.txt, tokenizer.json, tokenizer_config.json and special_tokens_map.json into `folder`.
+
+    Tokens that a tokenizer gained (textual inversion) keep their ids. Raises CheckpointError where they would not.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     special = {name: str(getattr(tokenizer, name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     settings = {
@@ -51,6 +56,13 @@ def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
         "errors": "replace",
         **special,
     }
+    added = dict(tokenizer.get_added_vocab())
+    grown = set(added) - set(clip().get_vocab())
+    if grown:  # where transformers 4 and the runtime look for them; in the vocabularies too, which the runtime asks for
+        settings["added_tokens_decoder"] = {
+            str(number): {name: getattr(token, name) for name in _TOKEN_SETTINGS}
+            for number, token in sorted(tokenizer.added_tokens_decoder.items())
+        }
     _write_json(folder / "tokenizer_config.json", settings)
     _write_json(folder / "special_tokens_map.json", special)
     if isinstance(tokenizer, CLIPTokenizerFast):  # also true of transformers 5's CLIPTokenizer
@@ -62,13 +74,29 @@ def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
     backend.no_padding()
     backend.no_truncation()
     backend.save(str(folder / "tokenizer.json"), pretty=False)
+    if grown:
+        specification = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        specification["model"]["vocab"] |= added
+        (folder / "tokenizer.json").write_text(json.dumps(specification, ensure_ascii=False), encoding="utf-8")
+        _write_bpe(specification, folder)
+        _check_grown(tokenizer, sorted(grown), folder)
 
 
 def _from_pretrained(folder: Path, named: Path) -> CLIPTokenizer:
     try:
         return CLIPTokenizer.from_pretrained(str(folder))
     except Exception as reason:  # transformers lets json, unicode, key and OS errors through, each in its own type
-        raise CheckpointError(f"{named} is not a readable CLIP tokenizer ({_first_line(reason)})") from reason
+        raise CheckpointError(f"{named} is not a readable CLIP tokenizer ({first_line(reason)})") from reason
+
+
+def _check_grown(tokenizer: CLIPTokenizer, grown: list[str], folder: Path) -> None:
+    """Tokens that do not stand in the vocabulary are where readers of tokenizers differ: read them back."""
+    alone = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    again = load(folder)
+    for token in grown:
+        ids = tokenizer(f"a {token} b").input_ids
+        if again(f"a {token} b").input_ids != ids or alone.token_to_id(token) != tokenizer.get_added_vocab()[token]:
+            raise CheckpointError(f"the tokenizer's added token {token!r} would not be read back as it is")
 
 
 def _write_bpe(specification: dict, folder: Path) -> None:
@@ -80,7 +108,3 @@ def _write_bpe(specification: dict, folder: Path) -> None:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _first_line(reason: BaseException) -> str:
-    return (str(reason).strip() or type(reason).__name__).splitlines()[0]

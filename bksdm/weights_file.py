@@ -6,8 +6,8 @@ A pickle can run any code while it is loaded, so safetensors is the only format 
 from __future__ import annotations
 
 import json
-import pickle
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +70,10 @@ def read(path: Path, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
         raise CheckpointError(_refusal(str(path)))
     try:
         content = torch.load(str(path), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as reason:
+    except Exception as reason:  # bytes that are no pickle end in whatever they happen to decode to
         raise CheckpointError(
-            f"{path} cannot be read as plain tensors: it is damaged, or holds objects which only an unsafe load makes"
+            f"{path} cannot be read as plain tensors: it is damaged, or holds objects which only an unsafe load makes "
+            "(a training's callbacks): look for a .safetensors file of the same model"
         ) from reason
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]  # LDM's .ckpt files wrap the weights in a training state
@@ -86,14 +87,18 @@ def read(path: Path, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
 def shapes(path: Path) -> dict[str, Shape]:
     """Names and shapes in a safetensors file, from its header. Raises CheckpointError if it is damaged or cut short."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
+        with path.open("rb") as file:  # safetensors would say of any file that it may not read that there is none
+            start = file.read(7)
     except FileNotFoundError as reason:
         raise CheckpointError(f"there is no {path}") from reason
+    except OSError as reason:
+        raise CheckpointError(f"{path} cannot be read ({reason.strerror})") from reason
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as reason:
-        with path.open("rb") as file:
-            if file.read(7) == b"version":
-                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull") from reason
+        if start == b"version":
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull") from reason
         raise CheckpointError(
             f"{path} is damaged or cut short ({path.stat().st_size} bytes; {reason}): download or copy it again"
         ) from reason
@@ -112,7 +117,8 @@ def check(folder: Path, choice: Choice) -> None:
         path = folder / name
         if name.endswith(".index.json"):
             try:
-                files.update(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+                shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+                files.update(Path(shard).name for shard in shards)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
                 raise CheckpointError(f"{path} is not an index of shards") from reason
     for name in sorted(files):
@@ -136,9 +142,18 @@ def _named(names: list[str], stem: str, variant: str | None, suffix: str) -> tup
 
 def _refusal(path: str) -> str:
     source = Path(path)
+    why = f"{path} is a pickle, which can run code when it is loaded"
+    if not source.exists():  # in a repository on the Hub
+        return f"{why}: pass --allow-pickle to read its tensors alone"
     safe = source.with_name(f"{'model' if source.stem == 'pytorch_model' else source.stem}.safetensors")
-    convert = f"import torch, safetensors.torch as s; s.save_file(torch.load('{path}', weights_only=True), '{safe}')"
+    at, to = (json.dumps(str(place), ensure_ascii=False) for place in (source, safe))
+    # LDM's .ckpt files wrap the weights in a training state, and safetensors takes neither numbers nor shared memory.
+    convert = (
+        f'import torch, safetensors.torch as s; t = torch.load({at}, map_location="cpu", weights_only=True); '
+        't = t.get("state_dict", t); '
+        f"s.save_file({{k: v.clone().contiguous() for k, v in t.items() if torch.is_tensor(v)}}, {to})"
+    )
     return (
-        f"{path} is a pickle, which can run code when it is loaded: convert it to safetensors with "
-        f'python -c "{convert}", or pass --allow-pickle to read its tensors alone'
+        f"{why}: convert it to safetensors with python -c {shlex.quote(convert)}, "
+        "or pass --allow-pickle to read its tensors alone"
     )

@@ -125,6 +125,17 @@ def test_teacher_whose_tensors_belie_its_config_is_refused(build_mini: Callable[
         compress(teacher, BASE)
 
 
+def test_teacher_that_lacks_a_tensor_is_refused_with_both_keys(build_mini: Callable[..., Checkpoint]) -> None:
+    teacher = build_mini().unet
+    del teacher.up_blocks[1].resnets[2]
+    with pytest.raises(
+        IncompatibleTeacher,
+        match=r"student up_blocks\.0\.resnets\.1\.norm1\.weight \(128,\) needs "
+        r"teacher up_blocks\.1\.resnets\.2\.norm1\.weight, which the teacher lacks",
+    ):
+        compress(teacher, TINY)
+
+
 def test_blocks_account_for_every_parameter() -> None:
     parts = blocks(SD_V1_4.unet, TINY)
     assert sum(block.params for block in parts) == 859_520_964

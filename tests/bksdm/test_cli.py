@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from bksdm import checkpoint
 from bksdm.block_removal import compress
@@ -52,6 +54,25 @@ def test_the_figures_of_the_table_add_up(mini_folder: Path, mini_checkpoint: Che
     assert student == sum(p.numel() for p in compress(mini_checkpoint.unet, SMALL).parameters())
 
 
+def test_a_teacher_whose_sample_size_is_a_pair_is_reported(copy: Path, tmp_path: Path) -> None:
+    config = json.loads((copy / "unet" / "config.json").read_text())
+    (copy / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": [8, 8]}))
+    result = run("--teacher", copy, "--variant", "base", "-o", tmp_path / "base")
+    assert result.exit_code == 0, result.output
+    assert "MACs at 64 px" in result.stdout
+
+
+def test_what_fails_in_the_report_leaves_nothing_written(
+    mini_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bksdm.cli.report", interrupted)
+    assert run("--teacher", mini_folder, "--variant", "base", "-o", tmp_path / "out").exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_half_precision_on_request(mini_folder: Path, tmp_path: Path) -> None:
     run("--teacher", mini_folder, "--variant", "base", "-o", tmp_path / "h", "--dtype", "fp16")
     tensors = load_file(tmp_path / "h" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -83,12 +104,16 @@ def test_an_existing_output_is_kept_unless_forced(mini_folder: Path, copy: Path,
     result = run("--teacher", mini_folder, "--variant", "base", "-o", tmp_path / "thesis", "--force")
     assert (result.exit_code, (tmp_path / "thesis" / "work.tex").exists()) == (1, True)
     assert "holds something that is not a checkpoint" in result.stderr
+    assert "loading" not in result.stderr  # refused before the teacher is loaded and cut
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--teacher", "lost", "--variant", "tiny", "-o", "out"), 1, "there is no lost: give other weights with --t"),
+        (("--teacher", "lost", "--variant", "tiny", "-o", "out"), 1, "there is no lost: give other weights: a "),
+        (("--teacher", "lost", "--variant", "tiny", "-o", "out"), 1, "no download) (--teacher)"),
+        (("--teacher", "sd-v2.1", "--teacher-variant", "sd-v1.4", "--variant", "tiny", "-o", "out"), 1, "name one"),
+        (("--teacher-variant", "sd-v2.1", "--variant", "v2-tiny", "-o", "out"), 1, "ai/stable-diffusion-2-1 is not"),
         (("--variant", "tiny", "-o", "out"), 1, "CompVis/stable-diffusion-v1-4 is not in the cache"),
         (("--variant", "v2-tiny", "-o", "out"), 1, "ai/stable-diffusion-2-1-base is not in the cache"),
         (("--teacher", "sd-v2.1", "--variant", "v2-tiny", "-o", "out"), 1, "ai/stable-diffusion-2-1 is not in the"),
@@ -109,6 +134,52 @@ def test_mistakes_end_in_one_sentence(
     assert not (tmp_path / "out").exists()
     if code == 1:
         assert result.stderr.splitlines()[-1].startswith("bksdm-compress: ")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-10]), "is damaged or cut short"),
+        (
+            lambda file: save_file(load_file(file) | {"conv_in.bias": torch.full((32,), torch.nan)}, file),
+            "holds 32 NaN",
+        ),
+        (lambda file: torch.save(load_file(file), file.with_suffix(".bin")) or file.unlink(), "is a pickle, which can"),
+    ],
+    ids=["truncated", "NaN", "pickle"],
+)
+def test_damaged_weights_end_in_one_sentence(
+    copy: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(copy / "unet" / "diffusion_pytorch_model.safetensors")
+    result = run("--teacher", copy, "--variant", "tiny", "-o", tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert isinstance(result.exception, SystemExit)
+    last = result.stderr.splitlines()
+    assert last[0] == "loading the teacher ..."
+    assert len(last) == 2
+    assert last[1].startswith("bksdm-compress: ")
+    assert message in last[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_is_compressed_and_its_student_opens_in_diffusers_pipeline(tmp_path: Path) -> None:
+    result = run("--teacher", "demo", "--variant", "small", "-o", tmp_path / "student")
+    assert result.exit_code == 0, result.output
+    demo = checkpoint.load("demo")
+    student = checkpoint.load(str(tmp_path / "student"))
+    assert (student.guidance_scale, student.licence.name) == (demo.guidance_scale, demo.licence.name)
+    assert student.licence.notice.endswith(demo.licence.notice)
+    expected = compress(demo.unet, SMALL).state_dict()
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "student")
+    found = pipeline.unet.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    pipeline.set_progress_bar_config(disable=True)
+    size = demo.image_size
+    pixels = pipeline("a red apple", num_inference_steps=2, height=size, width=size, output_type="np").images
+    assert pixels.shape == (1, size, size, 3)
+    assert pixels.std() > 0
 
 
 def test_a_student_is_refused_as_a_teacher_and_an_sd1_teacher_for_v2(

@@ -38,12 +38,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-@pytest.fixture
-def mini_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the mini model's architecture pass for the variant's: what is tested here is the way to the files."""
-    monkeypatch.setattr(checkpoint, "_difference", lambda row, unet: None)
-
-
 @pytest.mark.usefixtures("mini_is_small")
 def test_offline_reads_the_cache_and_honours_the_revision(
     mini_folder: Path, mini_checkpoint: Checkpoint, cache: Path, assert_same_tensors: SameTensors
@@ -74,8 +68,8 @@ def test_a_cached_model_that_is_not_the_variant_is_refused(mini_folder: Path, ca
 def test_nothing_cached_and_no_network_names_the_other_ways(cache: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"^nota-ai/bk-sdm-tiny-2m is not in the cache and HF_HUB_OFFLINE is set: give other weights with "
-        r"--weights: a diffusers FOLDER, a FILE\.safetensors, demo \(.*\), or random \(.*\)$",
+        match=r"^nota-ai/bk-sdm-tiny-2m is not in the cache and HF_HUB_OFFLINE is set: give other weights: "
+        r"a diffusers FOLDER, a FILE\.safetensors, demo \(.*\), or random \(.*\)$",
     ):
         checkpoint.load(None, variant="tiny-2m")
 
@@ -185,21 +179,47 @@ def test_a_repository_of_pickles_is_refused_before_anything_is_downloaded(
     assert [name for name in wanted if name.endswith(".bin")] == ["vae/diffusion_pytorch_model.bin"]
 
 
+def refusing(kind: type[Exception]) -> Callable[..., None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise kind.__new__(kind)  # their constructors want a response of the HTTP library of the day
+
+    return refuse
+
+
+@pytest.mark.usefixtures("online", "mini_is_small")
+@pytest.mark.parametrize("kind", [RepositoryNotFoundError, GatedRepoError])
+def test_a_copy_in_the_cache_outlives_its_repository(
+    kind: type[Exception], mini_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(cache, mini_folder, FIRST, "main")
+    monkeypatch.setattr("bksdm.hub.HfApi.model_info", refusing(kind))
+    assert checkpoint.load(None, variant="small").source.endswith(FIRST)
+
+
+@pytest.mark.parametrize("lacking", ["vae", "vae/diffusion_pytorch_model.safetensors", "tokenizer"])
+def test_a_download_that_was_killed_is_called_unfinished(mini_folder: Path, cache: Path, lacking: str) -> None:
+    path = cached(cache, mini_folder, FIRST, "main") / lacking
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(
+        CheckpointError,
+        match=r"the download of nota-ai/bk-sdm-small was not finished, it lacks .*(vae/|tokenizer).*, and HF_HUB_OFF.* "
+        r"give other weights",
+    ):
+        checkpoint.load(None, variant="small")
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (RepositoryNotFoundError, r"the Hub has no public nota-ai/bk-sdm-small: give"),
-        (GatedRepoError, r"asks for its terms to be accepted: visit https://huggingface\.co/nota-ai/bk-sdm-small"),
+        (RepositoryNotFoundError, r"@v9 is not in the cache and the Hub has no public nota-ai/bk-sdm-small: give"),
+        (GatedRepoError, r"asks for its terms to be accepted \(visit https://huggingface\.co/nota-ai/bk-sdm-small\)"),
         (RevisionNotFoundError, r"nota-ai/bk-sdm-small has no revision 'v9' on the Hub"),
     ],
 )
 def test_what_the_hub_refuses_is_said_in_one_sentence(
-    kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch, online: None
+    kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch, online: None, cache: Path
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise kind.__new__(kind)  # their constructors want a response of the HTTP library of the day
-
-    monkeypatch.setattr("bksdm.hub.HfApi.model_info", refuse)
+    monkeypatch.setattr("bksdm.hub.HfApi.model_info", refusing(kind))
     with pytest.raises(CheckpointError, match=message) as error:
         hub.snapshot("nota-ai/bk-sdm-small", "v9")
     assert "\n" not in str(error.value)
@@ -222,10 +242,14 @@ def test_a_trained_unet_is_laid_over_the_published_model(
     mini_folder: Path, build_mini: Callable[..., Checkpoint], cache: Path, tmp_path: Path, mini_is_small: None
 ) -> None:
     checkpoint.save(build_mini(seed=9), tmp_path / "trained")
-    shutil.rmtree(cached(cache, mini_folder, FIRST, "main") / "unet")
-    (cache / "models--nota-ai--bk-sdm-small" / "snapshots" / FIRST / "unet").mkdir()  # not needed, so not read
+    shutil.rmtree(cached(cache, mini_folder, FIRST, "main") / "unet")  # not needed, so neither fetched nor read
     loaded = checkpoint.load(None, variant="small", unet=str(tmp_path / "trained"))
     assert loaded.unet.conv_in.weight.equal(build_mini(seed=9).unet.conv_in.weight)
+    wanted = hub.wanted_files(FILES, "x", with_unet=False)
+    assert "vae/config.json" in wanted
+    assert not any(name.startswith("unet/") for name in wanted)
+    with pytest.raises(CheckpointError, match=r"not finished, it lacks unet/config\.json, and HF_HUB_OFFLINE is set"):
+        checkpoint.load(None, variant="small")
 
 
 def test_every_variant_has_a_repository() -> None:

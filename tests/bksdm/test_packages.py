@@ -57,6 +57,16 @@ def test_another_file_than_the_tested_one_is_refused_and_not_kept(monkeypatch, t
 
 
 @pytest.mark.usefixtures("row")
+def test_what_a_killed_fetch_left_is_swept(monkeypatch, tmp_path):
+    _client(monkeypatch, CONTENT)
+    left = tmp_path / "cache" / "packages" / ".fetch-1"
+    left.mkdir(parents=True)
+    (left / "half.tgz").write_bytes(b"half")
+    fetch("thing")
+    assert [path.name for path in left.parent.iterdir()] == ["thing-1.0.tgz"]
+
+
+@pytest.mark.usefixtures("row")
 def test_a_failing_client_is_quoted(monkeypatch):
     _client(monkeypatch, None, code=1, stderr="warning\nno network\n")
     with pytest.raises(PackageError, match="no network"):

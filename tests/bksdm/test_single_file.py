@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +19,8 @@ from bksdm import checkpoint, random_weights, single_file
 from bksdm.architecture import SD_V1_4, SD_V2_1, SD_V2_1_BASE, Architecture
 from bksdm.block_removal import compress
 from bksdm.checkpoint import Checkpoint, CheckpointError
+from bksdm.cli import main
+from bksdm.licence import published
 from bksdm.unet import build_unet, unet_config
 from bksdm.variants import BASE, SMALL, TINY, Removal
 
@@ -163,7 +169,7 @@ def test_there_and_back(shaped: Checkpoint, tmp_path: Path, removal: Removal | N
     for setting in unet_config(SD_V1_4.unet, TINY):
         if setting != "sample_size":
             assert loaded.unet.config[setting] == unet.config[setting], setting
-    assert (loaded.variant, loaded.image_size, loaded.source) == ("custom", 512, str(path))
+    assert (loaded.variant, loaded.image_size, loaded.source) == ("custom", 512, "m.safetensors")
     with torch.no_grad():
         arguments = torch.ones(1, 4, 8, 8), torch.tensor([7.0]), torch.ones(1, 77, 64)
         difference = (loaded.unet(*arguments).sample - unet(*arguments).sample).abs().max().item()
@@ -171,14 +177,21 @@ def test_there_and_back(shaped: Checkpoint, tmp_path: Path, removal: Removal | N
     assert difference < 3e-5  # measured: 5.1e-6 at values of about 0.5
 
 
-def test_sd2_file_with_open_clip_text_encoder(build_mini: Callable[..., Checkpoint], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def v2(build_mini: Callable[..., Checkpoint]) -> Checkpoint:
     wide = {"block_out_channels": [64, 128, 128, 128], "norm_num_groups": 32}
     v2 = {**wide, "attention_head_dim": [1, 2, 2, 2], "use_linear_projection": True, "cross_attention_dim": 64}
     text = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 128, "hidden_act": "gelu"}
-    whole = build_mini(seed=4, unet=v2, vae=wide, text_encoder=text)
-    path = write(
-        tmp_path / "v2.safetensors", ldm_unet(whole.unet, gaps=False), ldm_vae(whole.vae), open_clip_text(whole)
-    )
+    return build_mini(seed=4, unet=v2, vae=wide, text_encoder=text)
+
+
+def v2_parts(whole: Checkpoint) -> tuple[Tensors, ...]:
+    return ldm_unet(whole.unet, gaps=False), ldm_vae(whole.vae), open_clip_text(whole)
+
+
+def test_sd2_file_with_open_clip_text_encoder(v2: Checkpoint, tmp_path: Path) -> None:
+    whole = v2
+    path = write(tmp_path / "v2.safetensors", *v2_parts(whole))
     with pytest.raises(CheckpointError, match=r"whether it predicts noise or velocity.*sd-v2\.1-base.*sd-v2\.1"):
         checkpoint.load(str(path))
     loaded = single_file.load(path, architecture=SD_V2_1)
@@ -191,6 +204,61 @@ def test_sd2_file_with_open_clip_text_encoder(build_mini: Callable[..., Checkpoi
     assert loaded.tokenizer("a", padding="max_length", max_length=77).input_ids[-1] == 0
     with pytest.raises(CheckpointError, match=r"is not 'sd-v2\.1-base': its U-Net has block_out_channels"):
         checkpoint.load(str(path), variant="sd-v2.1-base")
+
+
+VELOCITY = {"modelspec.prediction_type": "v"}
+NOISE = {"modelspec.prediction_type": "epsilon"}
+
+
+@pytest.mark.parametrize(
+    ("header", "like"),
+    [
+        (VELOCITY, SD_V2_1_BASE),
+        (NOISE, SD_V2_1),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, SD_V2_1_BASE),
+        ({"modelspec.architecture": "stable-diffusion-v2-512"}, SD_V2_1),
+    ],
+)
+def test_a_header_that_contradicts_the_named_variant_is_believed(
+    v2: Checkpoint, tmp_path: Path, header: dict[str, str], like: Architecture
+) -> None:
+    path = write(tmp_path / "v2.safetensors", *v2_parts(v2), metadata=header)
+    said, other = ("epsilon", "v_prediction") if like is SD_V2_1 else ("v_prediction", "epsilon")
+    with pytest.raises(CheckpointError, match=f"says in its header that it predicts {said}, .* predicts {other}"):
+        single_file.load(path, architecture=like)
+    right = SD_V2_1_BASE if like is SD_V2_1 else SD_V2_1
+    assert single_file.load(path, architecture=right).scheduler_config["prediction_type"] == said
+
+
+def test_an_sd1_file_that_predicts_velocity_is_not_sampled_as_noise(parts: dict[str, Tensors], tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", *parts.values(), metadata=VELOCITY)
+    with pytest.raises(CheckpointError, match="says in its header that it predicts v_prediction"):
+        checkpoint.load(str(path))
+
+
+@pytest.mark.usefixtures("mini_is_small")
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("student", ["v2-tiny", "tiny"])
+def test_bksdm_compress_asks_what_an_sd2_file_predicts(
+    v2: Checkpoint, tmp_path: Path, suffix: str, student: str
+) -> None:
+    path = tmp_path / f"sd21{suffix}"
+    if suffix == ".ckpt":
+        torch.save({key: tensor for part in v2_parts(v2) for key, tensor in part.items()}, path)
+    else:
+        write(path, *v2_parts(v2))
+    arguments = ["--teacher", str(path), "--allow-pickle", "--variant", student, "-o", str(tmp_path / "out")]
+    refused = CliRunner().invoke(main, arguments)
+    assert refused.exit_code == 1
+    assert "whether it predicts noise or velocity" in refused.stderr
+    assert refused.stderr.endswith(" (--teacher-variant)\n")
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(main, [*arguments, "--teacher-variant", "sd-v2.1"])
+    assert done.exit_code == 0, done.output
+    loaded = checkpoint.load(str(tmp_path / "out"))
+    assert loaded.scheduler_config["prediction_type"] == "v_prediction"
+    assert loaded.unet.config["upcast_attention"] is True
+    assert loaded.image_size == 768
 
 
 @pytest.mark.parametrize(
@@ -256,6 +324,30 @@ def test_a_missing_tensor_is_named_never_left_random(parts: dict[str, Tensors], 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "tensor", "message"),
+    [
+        ("embeddings.token_embedding.weight", torch.zeros(49408), r"is not a Stable Diffusion checkpoint: not enough"),
+        ("encoder.layers.x.mlp.fc1.weight", torch.zeros(1), r"is not a Stable Diffusion checkpoint: invalid literal"),
+    ],
+)
+def test_keys_and_shapes_of_nonsense_are_refused(
+    parts: dict[str, Tensors], tmp_path: Path, key: str, tensor: torch.Tensor, message: str
+) -> None:
+    parts["text"][f"cond_stage_model.transformer.text_model.{key}"] = tensor
+    with pytest.raises(CheckpointError, match=message) as error:
+        checkpoint.load(str(write(tmp_path / "m.safetensors", *parts.values())))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"PK\x03\x04garbage", b"\x80\x02}q\x00.", b"\x80\x04\x95"])
+def test_bytes_that_are_no_pickle_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"m\.ckpt (cannot be read as plain tensors|holds no tensors)") as error:
+        checkpoint.load(str(tmp_path / "m.ckpt"), allow_pickle=True)
+    assert "\n" not in str(error.value)
+
+
 def test_nan_truncation_and_foreign_files_are_refused(parts: dict[str, Tensors], tmp_path: Path) -> None:
     key = "model.diffusion_model.out.2.bias"
     parts["unet"][key] = torch.full((4,), float("nan"))
@@ -293,11 +385,35 @@ def test_pickled_single_files_are_refused_and_then_read_as_tensors(
     assert_same(checkpoint.load(str(path), allow_pickle=True).unet, shaped.unet)
 
 
+def test_the_printed_conversion_works_for_a_training_state_under_an_awkward_name(
+    parts: dict[str, Tensors], shaped: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / 'Ada\'s "best" $HOME').mkdir()
+    path = tmp_path / 'Ada\'s "best" $HOME' / "m.ckpt"
+    whole = {name: tensor for tensors in parts.values() for name, tensor in tensors.items()}
+    whole["model_ema.decay"] = whole["model_ema.decay2"] = torch.ones(2)  # in one memory
+    torch.save({"state_dict": whole, "global_step": 470_000}, path)
+    with pytest.raises(CheckpointError, match="convert it to safetensors") as error:
+        checkpoint.load(str(path))
+    assert "\n" not in str(error.value)
+    python, *arguments = shlex.split(str(error.value).split("safetensors with ")[1].split(", or pass")[0])
+    assert python == "python"
+    subprocess.run([sys.executable, *arguments], check=True)
+    assert_same(checkpoint.load(str(path.with_suffix(".safetensors"))).unet, shaped.unet)
+
+
+def test_a_state_with_callbacks_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "callbacks": {"checkpoint": Path("last.ckpt")}}, tmp_path / "m.ckpt")
+    with pytest.raises(CheckpointError, match=r"callbacks\): look for a \.safetensors file of the same model"):
+        checkpoint.load(str(tmp_path / "m.ckpt"), allow_pickle=True)
+
+
 def test_licence_in_the_header_is_read(parts: dict[str, Tensors], tmp_path: Path) -> None:
     header = {"modelspec.license": "CreativeML OpenRAIL-M", "modelspec.author": "Ada"}
     loaded = checkpoint.load(str(write(tmp_path / "m.safetensors", *parts.values(), metadata=header)))
     assert loaded.licence.name == "CreativeML OpenRAIL-M"
-    assert "Ada" in loaded.licence.notice
+    assert loaded.licence.notice.startswith("m.safetensors by Ada names its licence in its header")
+    assert loaded.licence.notice.endswith(published("CreativeML OpenRAIL-M").notice)  # paragraph 4: a copy for everyone
     assert checkpoint.load(str(write(tmp_path / "n.safetensors", *parts.values()))).licence.name == "unknown"
 
 

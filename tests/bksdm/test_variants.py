@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -26,6 +27,19 @@ PUBLISHED = {
     "v2-tiny": (None, None, (15.68, 31.64, 0.2897)),
     "sd-v2.1": (None, None, None),
 }
+# The v2 table of MODEL_CARD.md (github.com/Nota-NetsPresso/BK-SDM), which rounds up: billions, U-Net and whole model.
+PRINTED = {
+    "sd-v2.1-base": (0.87, 1.26),
+    "v2-base": (0.59, 0.98),
+    "v2-small": (0.49, 0.88),
+    "v2-tiny": (0.33, 0.72),
+    "sd-v1.4": (0.86, 1.04),
+    "base": (0.58, 0.76),
+    "small": (0.49, 0.66),
+    "tiny": (0.33, 0.50),
+}
+# Text encoder (CLIP ViT-L, OpenCLIP ViT-H but its last layer) and VAE decoder, as test_random_weights counts them.
+OTHERS = {"v1": 123_060_480 + 49_490_199, "v2": 340_387_840 + 49_490_199}
 
 
 def test_every_variant_and_every_teacher_is_a_row() -> None:
@@ -47,6 +61,25 @@ def test_built_unet_has_exactly_the_rows_parameters(name: str) -> None:
     assert built == row.unet_params
     if PUBLISHED[name][0] is not None:
         assert built == PUBLISHED[name][0]
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_parameters_are_the_printed_ones_also_where_the_last_digits_are_counted(name: str) -> None:
+    row = VARIANTS[name]
+    found = row.unet_params, row.unet_params + OTHERS[row.family]
+    assert tuple(math.ceil(count / 1e7) / 100 for count in found) == PRINTED[name]
+
+
+def test_sd21s_unet_has_the_parameters_that_its_authors_training_code_prints() -> None:
+    # "DiffusionWrapper has 865.91 M params.", github.com/Stability-AI/stablediffusion at each start
+    assert f"{VARIANTS['sd-v2.1'].unet_params * 1e-6:.2f}" == "865.91"
+
+
+def test_every_row_names_the_source_of_its_figures() -> None:
+    for row in VARIANTS.values():
+        printed = row.scores is not None or set(row.counted) != {"unet_params", "macs"}
+        assert ("arXiv 2305.15798" in row.source) is printed, row.name
+    assert VARIANTS["sd-v2.1"].source == "counted"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
