@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from bksdm_export import to_onnx
-from bksdm_export.precision import MASK
+from bksdm_export.ranges import MASK
 from bksdm_export.reference import Case
 from bksdm_export.verify import compare
 from bksdm_runtime.bundle import Component

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from bksdm_export.precision import ERROR_LIMIT, LIMIT
 from bksdm_export.verify import PictureComparison, reference_pixels
 from bksdm_runtime.bundle import Manifest
 
@@ -105,15 +106,16 @@ def _graphs(components: Mapping[str, Any]) -> str:
 
 def _islands(components: Mapping[str, Any]) -> str:
     rows = [
-        (f"{escape(name)}: {escape(island['module'])}", f"{island['peak']:,.0f}")
+        (f"{escape(name)}: {escape(island['module'])}", f"{island['peak']:,.0f}", f"{island['error']:.1e}")
         for name, graph in components.items()
         for island in graph["islands"]
     ]
     if not rows:
         return ""
     return (
-        '<h2>Kept in fp32</h2><p class="soft">These modules hold values near or past the end of fp16 (65,504).</p>'
-        + _table(("module", "largest value measured"), rows)
+        '<h2>Kept in fp32</h2><p class="soft">These modules hold values past half of what fp16 holds '
+        f"({LIMIT:,.0f}), or fp16 costs one of their operations more than {ERROR_LIMIT:.0e} of its largest value.</p>"
+        + _table(("module", "largest value measured", "error measured"), rows)
     )
 
 

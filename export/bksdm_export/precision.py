@@ -1,96 +1,114 @@
-"""Arithmetic and storage in half precision: what may be fp16, what must stay fp32, and the measurement that says so.
+"""Arithmetic and storage in half precision: what may be fp16, and what must stay fp32 because a measurement says so.
 
 The fp16 graph is the export of the module in half precision, not a conversion of the fp32 graph: torch then decides
 each dtype as it does on a GPU (timestep embeddings in fp32, a mask that stays finite), and the graph is strongly typed,
 as TensorRT wants it. Of the converters, onnxruntime.transformers.float16 casts by lists of operators (Resize in fp32,
-the timestep embedding in fp16) and clips weights; neither comes from a measurement.
-
-Ranges are measured and not waited for: ONNX Runtime's CPU provider computes fp16 nodes in fp32 and drops casts between
-them, so that a graph may pass there and overflow on a GPU.
+the timestep embedding in fp16) and clips weights; neither comes from a measurement. Ours is `ranges`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from bksdm_export.errors import ExportError
-from bksdm_export.reference import Case
+from bksdm_export.ranges import FP16_MAX, Ranges, within
 
-FP16_MAX = 65504.0
 # The measured inputs are a sample of those to come: half of the range is left to them.
 LIMIT = FP16_MAX / 2
-# What stands for minus infinity in an attention mask is no value that arithmetic reaches.
-MASK = 3e38
+# What fp16 may cost one operation, see `Ranges.errors`. Measured at most, all in the softmax of the demo's attentions,
+# whose logits reach 158: 4.1e-3 in an export, 7.7e-3 at 1024 px. With random weights (the mini models, and tiny's true
+# architecture at 512 px): 1.1e-3.
+ERROR_LIMIT = 3e-2
 
 
 @dataclass(frozen=True)
 class Island:
-    """A module that stays fp32 inside an fp16 graph. peak: the largest value measured inside it, past LIMIT."""
+    """A module that stays fp32 inside an fp16 graph, and the figures that say so: one of them is past its limit.
+
+    peak: the largest value measured inside it (LIMIT); error: what fp16 costs the worst operation inside (ERROR_LIMIT).
+    """
 
     module: str
     peak: float
-
-
-@dataclass
-class Ranges:
-    """Largest absolute values by module path. inside: of every operation's result; outputs: of the module's own."""
-
-    inside: dict[str, float] = field(default_factory=dict)
-    outputs: dict[str, float] = field(default_factory=dict)
-
-
-def measure_ranges(module: torch.nn.Module, cases: Sequence[Case]) -> Ranges:
-    """Run the module in fp32 on the cases and keep how large every intermediate result becomes."""
-    ranges = Ranges()
-    with torch.no_grad(), _traced_paths(module, ranges) as path, _Peaks(path, ranges):
-        for case in cases:
-            module(*(torch.from_numpy(array) for array in case.inputs.values()))
-    return ranges
+    error: float
 
 
 def find_islands(component: str, ranges: Ranges) -> tuple[Island, ...]:
-    """The smallest modules that hold every value past LIMIT and whose own outputs are within it.
+    """The smallest modules that hold every operation past LIMIT or ERROR_LIMIT, and can be fp32 on their own.
 
-    Raises ExportError where the component's output itself is not.
+    Those are modules whose own outputs are within LIMIT, and that lose no more than ERROR_LIMIT where their inputs are
+    rounded: a sum that cancels is lost in its inputs, so the island must reach to where they come from.
+    ranges: measured with ERROR_LIMIT accepted. Raises ExportError where not even the whole component is such a module.
     """
-    found: dict[str, float] = {}
-    for path, peak in ranges.inside.items():
-        if peak > LIMIT:
-            island = path
-            while island and ranges.outputs[island] > LIMIT:
-                island = island.rpartition(".")[0]
-            if ranges.outputs[island] > LIMIT:
-                raise ExportError(
-                    f"{component} cannot be fp16: its output reaches {peak:,.0f}, fp16 ends at {FP16_MAX:,.0f}"
-                )
-            found[island] = max(peak, found.get(island, 0.0))
-    outermost = [path for path in found if not any(_contains(other, path) for other in found)]
+    found = {
+        _island_around(component, path, ranges)
+        for path, peak in ranges.inside.items()
+        if peak > LIMIT or ranges.errors.get(path, 0.0) > ERROR_LIMIT
+    }
+    outermost = [path for path in found if not any(other != path and within(path, other) for other in found)]
     return tuple(
-        Island(path, max(peak for inner, peak in found.items() if inner == path or _contains(path, inner)))
+        Island(path, peak=_largest_within(path, ranges.inside), error=_largest_within(path, ranges.errors))
         for path in sorted(outermost)
     )
 
 
+def _island_around(component: str, path: str, ranges: Ranges) -> str:
+    # A list of modules is never called, so that nothing could be cast where it begins and ends.
+    while path not in ranges.outputs or not _can_be_fp32(path, ranges):
+        if not path:
+            peak, edges = ranges.outputs[""], ranges.edges.get("", 0.0)
+            why = (
+                f"its output reaches {peak:,.0f}, fp16 ends at {FP16_MAX:,.0f}"
+                if peak > LIMIT
+                else f"inputs and output in fp16 alone change it by {edges:.1e} of its largest value, "
+                f"accepted is {ERROR_LIMIT:.0e}"
+            )
+            raise ExportError(f"{component} cannot be fp16: {why}")
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _can_be_fp32(path: str, ranges: Ranges) -> bool:
+    return ranges.outputs[path] <= LIMIT and ranges.edges.get(path, 0.0) <= ERROR_LIMIT
+
+
+def _largest_within(island: str, figures: Mapping[str, float]) -> float:
+    return max((figure for path, figure in figures.items() if within(path, island)), default=0.0)
+
+
 def to_half(module: torch.nn.Module, islands: Iterable[Island]) -> None:
-    """Turn the module to fp16 in place, its islands excepted; each casts what enters and leaves it."""
-    module.half()
-    for island in islands:
-        inner = module.get_submodule(island.module)
-        inner.float()
-        inner.register_forward_pre_hook(
-            lambda _module, args, kwargs: (_cast(args, torch.float32), _cast(kwargs, torch.float32)), with_kwargs=True
-        )
-        inner.register_forward_hook(lambda _module, _args, output: _cast(output, torch.float16))
+    """Turn the module to fp16 in place, its islands excepted; each casts what enters and leaves it.
+
+    Nothing inside an island changes: its weights are the checkpoint's, bit for bit.
+    """
+    paths = [island.module for island in islands]
+    for path, inner in module.named_modules():
+        if any(within(path, island) for island in paths):
+            continue
+        for parameter in inner.parameters(recurse=False):
+            parameter.data = _cast(parameter.data, torch.float16)
+        for name, buffer in inner.named_buffers(recurse=False):
+            setattr(inner, name, _cast(buffer, torch.float16))
+        if any(within(island, path) for island in paths):
+            # diffusers' VAE decoder casts to the dtype of its upper blocks' first weight, which an island may hold.
+            _cast_inputs(inner, torch.float16)
+    for path in paths:
+        island = module.get_submodule(path)
+        _cast_inputs(island, torch.float32)
+        island.register_forward_hook(lambda _module, _args, output: _cast(output, torch.float16))
+
+
+def _cast_inputs(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Have a module cast what enters it; not what has one axis: those are timesteps, fp32 everywhere."""
+    module.register_forward_pre_hook(
+        lambda _module, args, kwargs: (_cast(args, dtype, axes=2), _cast(kwargs, dtype, axes=2)), with_kwargs=True
+    )
 
 
 def store_fp16(model: ir.Model) -> None:
@@ -126,7 +144,7 @@ def store_fp16(model: ir.Model) -> None:
 def round_to_fp16(module: torch.nn.Module) -> None:
     """Round in place the weights that `store_fp16` stores as fp16; what PyTorch then gives is what its graph should."""
     for name, weight in module.named_parameters():
-        if name.endswith(".weight") and not _is_vector(weight.shape) and _peak(weight) <= FP16_MAX:
+        if name.endswith(".weight") and not _is_vector(weight.shape) and weight.abs().max() <= FP16_MAX:
             weight.copy_(weight.half())
 
 
@@ -135,82 +153,12 @@ def _is_vector(shape: Iterable[int]) -> bool:
     return sum(int(axis) > 1 for axis in shape) < 2
 
 
-@contextmanager
-def _traced_paths(module: torch.nn.Module, ranges: Ranges) -> Iterator[list[str]]:
-    """While it lasts, the list's last item is the path of the module that runs, and outputs are measured."""
-    path: list[str] = []
-    handles: list[Any] = []
-
-    def enter(name: str) -> Any:
-        return lambda *_: path.append(name)
-
-    def leave(name: str) -> Any:
-        def hook(_module: torch.nn.Module, _args: Any, output: Any) -> None:
-            path.pop()
-            ranges.outputs[name] = max(_peak(output), ranges.outputs.get(name, 0.0))
-
-        return hook
-
-    for name, inner in module.named_modules():
-        handles += [inner.register_forward_pre_hook(enter(name)), inner.register_forward_hook(leave(name))]
-    try:
-        yield path
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Peaks(TorchFunctionMode):
-    """Keeps the largest absolute value of every torch call's result, under the path of the module that runs."""
-
-    def __init__(self, path: Sequence[str], ranges: Ranges) -> None:
-        super().__init__()
-        self._path = path
-        self._inside = ranges.inside
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self._path:
-            peak = _peak(result)
-            if func is F.scaled_dot_product_attention:
-                peak = max(peak, _largest_logit(args[0], args[1]))  # a result of its own in the graph
-            self._inside[self._path[-1]] = max(peak, self._inside.get(self._path[-1], 0.0))
-        return result
-
-
-def _largest_logit(query: torch.Tensor, key: torch.Tensor) -> float:
-    """Of Q K^T / sqrt(width), one head at a time: all of them at once are gigabytes at full size."""
-    scale = query.shape[-1] ** -0.5
-    heads = zip(query.flatten(0, 1), key.flatten(0, 1), strict=True)
-    return max(_peak(one @ other.mT) * scale for one, other in heads)
-
-
-def _peak(value: object) -> float:
-    """Largest absolute value of a tensor, or of all in a tuple, list or mapping; infinite for NaN."""
-    if isinstance(value, Mapping):
-        return max(map(_peak, value.values()), default=0.0)
-    if isinstance(value, (tuple, list)):
-        return max(map(_peak, value), default=0.0)
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
-        return 0.0
-    low, high = (float(edge) for edge in torch.aminmax(value))
-    if math.isnan(low) or math.isnan(high):
-        return math.inf
-    return max((abs(edge) for edge in (low, high) if abs(edge) < MASK), default=0.0)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The same value with every floating-point tensor in it cast."""
+def _cast(value: Any, dtype: torch.dtype, axes: int = 0) -> Any:
+    """The same value with every floating-point tensor of so many axes in it cast."""
     if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() and value.ndim >= axes else value
     if isinstance(value, Mapping):
-        return type(value)(**{name: _cast(one, dtype) for name, one in value.items()})
+        return type(value)(**{name: _cast(one, dtype, axes) for name, one in value.items()})
     if isinstance(value, (tuple, list)):
-        return type(value)(_cast(one, dtype) for one in value)
+        return type(value)(_cast(one, dtype, axes) for one in value)
     return value
-
-
-def _contains(outer: str, inner: str) -> bool:
-    return inner != outer and (not outer or inner.startswith(outer + "."))

@@ -17,7 +17,8 @@ from bksdm_export.divergence import Divergence, first_divergence
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_space, resolve, whole_or_nothing
 from bksdm_export.graphs import DEPTHS, PRECISIONS
-from bksdm_export.precision import Island, find_islands, measure_ranges, round_to_fp16, store_fp16, to_half
+from bksdm_export.precision import ERROR_LIMIT, Island, find_islands, round_to_fp16, store_fp16, to_half
+from bksdm_export.ranges import measure_ranges, with_own_size
 from bksdm_export.reference import Case, Picture, Reference, choose_sampler, draw, make_reference, plan, samples
 from bksdm_export.report import GraphFacts
 from bksdm_export.verify import (
@@ -112,7 +113,8 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
         for name, component in components.items():
             progress(f"{name}: PyTorch to ONNX")
             path = folder / component.path
-            exported[name] = export_graph(path, name, modules.pop(name), component, reference.cases[name], kind)
+            cases = with_own_size(name, reference.cases[name], facts)
+            exported[name] = export_graph(path, name, modules.pop(name), component, cases, kind)
             gc.collect()  # an exported program is a ring of references
 
         unproven = bundle_files.manifest(
@@ -147,7 +149,7 @@ def export_graph(
     started = time.perf_counter()
     islands: tuple[Island, ...] = ()
     if precision == "fp16":
-        islands = find_islands(name, measure_ranges(module, cases))
+        islands = find_islands(name, measure_ranges(module, cases, ERROR_LIMIT))
         to_half(module, islands)
     model = to_onnx.to_onnx(to_onnx.to_exported_program(module, component), component)
     if storage != precision:

@@ -67,7 +67,7 @@ def failing() -> tuple[Parity, dict[str, GraphFacts]]:
         {"unet": (Comparison("64x64", float("inf"), "4 of 8 values are NaN or infinite"),)},
         (compare_picture(picture, None, "unet gave NaN"),),
     )
-    return parity, {"unet": GraphFacts(10, 1000, 1.0, (Island("mid_block", 81_000.0),))}
+    return parity, {"unet": GraphFacts(10, 1000, 1.0, (Island("mid_block", 81_000.0, 0.0123),))}
 
 
 def test_a_failure_reads_as_one_and_prompts_are_text(
@@ -80,6 +80,7 @@ def test_a_failure_reads_as_one_and_prompts_are_text(
     assert "&lt;script&gt;" in text
     assert "4 of 8 values are NaN or infinite" in text
     assert "81,000" in text
+    assert "1.2e-02" in text
     assert "within its tolerance" not in text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +12,15 @@ import onnxruntime
 import pytest
 import torch
 
+from bksdm import checkpoint as checkpoints
 from bksdm.checkpoint import Checkpoint
 from bksdm_export import graphs, precision, to_onnx
 from bksdm_export.errors import ExportError
-from bksdm_export.precision import Island, Ranges, find_islands, measure_ranges, store_fp16, to_half
+from bksdm_export.precision import ERROR_LIMIT, Island, find_islands, store_fp16, to_half
+from bksdm_export.ranges import FP16_MAX, Ranges, measure_ranges
+from bksdm_export.recipe import ExportRequest, export_variant
 from bksdm_export.reference import Case, Reference
+from bksdm_export.verify import TOLERANCES
 from bksdm_export.wrappers import wrap
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.engine import open_engine
@@ -38,55 +42,56 @@ def overflowing(checkpoint: Checkpoint, factor: float = 1e6) -> Checkpoint:
     return checkpoint
 
 
-def test_ranges_are_those_of_the_modules_themselves(build_smallest: Callable[..., Checkpoint]) -> None:
-    decoder = wrap(build_smallest(), "vae_decoder")
-    case = decoder_case()
-    kept: dict[str, float] = {}
-    for name, module in decoder.named_modules():
-        module.register_forward_hook(  # some run twice
-            lambda _m, _a, out, name=name: kept.__setitem__(name, max(float(out.abs().max()), kept.get(name, 0.0)))
-        )
-    ranges = measure_ranges(decoder, [case])
-    assert ranges.outputs.keys() == kept.keys()
-    assert ranges.outputs == pytest.approx(kept)
-    assert all(ranges.inside[name] >= kept[name] for name in ("decoder.conv_in", "decoder.mid_block.resnets.0"))
-
-
-def test_attention_logits_are_measured(build_smallest: Callable[..., Checkpoint]) -> None:
-    """They are results of their own in the graph, inside one call of torch."""
-    decoder = wrap(build_smallest(), "vae_decoder")
-    attention = decoder.get_submodule("decoder.mid_block.attentions.0")
+def overflowing_residual(checkpoint: Checkpoint) -> Checkpoint:
+    """Every block of the decoder adds to the stream that one of them makes far too large; its last norm undoes that."""
+    block = checkpoint.vae.decoder.mid_block
+    assert block is not None
     with torch.no_grad():
-        attention.to_q.weight *= 1e4  # pyright: ignore
-        attention.to_k.weight *= 1e4  # pyright: ignore
-    ranges = measure_ranges(decoder, [decoder_case()])
-    assert ranges.inside["decoder.mid_block.attentions.0"] > 1e7
-    [island] = find_islands("vae_decoder", ranges)
-    assert island.module == "decoder.mid_block.attentions.0"
+        block.resnets[0].conv2.weight *= 3e6
+    return checkpoint
 
 
-def test_hooks_are_gone_after_measuring(build_smallest: Callable[..., Checkpoint]) -> None:
-    decoder = wrap(build_smallest(), "vae_decoder")
-    measure_ranges(decoder, [decoder_case()])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in decoder.modules())
+def offset(checkpoint: Checkpoint) -> Checkpoint:
+    """A linear layer takes away what a norm before it adds: in fp16 nothing else is left of its inputs."""
+    layer = checkpoint.text_encoder.text_model.encoder.layers[0]
+    with torch.no_grad():
+        layer.layer_norm2.bias += 3000
+        layer.mlp.fc1.weight -= layer.mlp.fc1.weight.mean(1, keepdim=True)
+    return checkpoint
+
+
+def islands_of(checkpoint: Checkpoint, component: str, case: Case) -> tuple[Island, ...]:
+    return find_islands(component, measure_ranges(wrap(checkpoint, component), [case], ERROR_LIMIT))
 
 
 def test_an_island_is_the_smallest_module_whose_output_is_in_range() -> None:
     ranges = Ranges(
         inside={"a.b.c": 1e6, "a.b": 10.0, "d": 1.0},
         outputs={"": 1.0, "a": 5.0, "a.b": 100.0, "a.b.c": 1e6, "d": 1.0},
+        errors={"a.b.c": 0.5, "a.b": 1e-3},
     )
-    assert find_islands("vae_decoder", ranges) == (Island("a.b", 1e6),)
+    assert find_islands("vae_decoder", ranges) == (Island("a.b", 1e6, 0.5),)
 
 
 def test_an_island_within_an_island_is_one() -> None:
     ranges = Ranges(inside={"a": 5e4, "a.b": 9e4}, outputs={"": 1.0, "a": 1.0, "a.b": 1.0})
-    assert find_islands("vae_decoder", ranges) == (Island("a", 9e4),)
+    assert find_islands("vae_decoder", ranges) == (Island("a", 9e4, 0.0),)
 
 
 def test_half_of_the_range_is_left_to_other_inputs() -> None:
-    assert find_islands("unet", Ranges({"a": 32_000.0}, {"": 1.0, "a": 1.0})) == ()
-    assert find_islands("unet", Ranges({"a": 33_000.0}, {"": 1.0, "a": 1.0})) == (Island("a", 33_000.0),)
+    outputs = {"": 1.0, "a": 1.0}
+    assert find_islands("unet", Ranges({"a": 32_000.0}, outputs)) == ()
+    assert find_islands("unet", Ranges({"a": 33_000.0}, outputs)) == (Island("a", 33_000.0, 0.0),)
+
+
+def test_an_error_makes_an_island_that_reaches_to_where_its_inputs_come_from() -> None:
+    ranges = Ranges(
+        inside={"a.b.c": 9.0, "a.b": 3.0},
+        outputs={"": 1.0, "a": 1.0, "a.b": 3.0, "a.b.c": 9.0},
+        errors={"a.b.c": 0.3},
+        edges={"a.b.c": 0.2, "a.b": 0.001},
+    )
+    assert find_islands("unet", ranges) == (Island("a.b", 9.0, 0.3),)
 
 
 def test_a_component_whose_output_overflows_cannot_be_fp16() -> None:
@@ -94,11 +99,10 @@ def test_a_component_whose_output_overflows_cannot_be_fp16() -> None:
         find_islands("unet", Ranges({"a": 7e4}, {"": 7e4, "a": 7e4}))
 
 
-def test_nan_in_an_intermediate_result_is_no_small_value(build_smallest: Callable[..., Checkpoint]) -> None:
-    decoder = wrap(build_smallest(), "vae_decoder")
-    case = decoder_case()
-    case.inputs["latent_sample"][0, 0, 0, 0] = math.nan
-    assert measure_ranges(decoder, [case]).inside["decoder.conv_in"] == math.inf
+def test_a_component_that_its_inputs_in_fp16_change_cannot_be_fp16() -> None:
+    ranges = Ranges({"a": 1.0}, {"": 1.0, "a": 1.0}, errors={"a": 0.3}, edges={"a": 0.2, "": 0.1})
+    with pytest.raises(ExportError, match=r"unet cannot be fp16: inputs and output in fp16 alone change it by 1.0e-01"):
+        find_islands("unet", ranges)
 
 
 def export_half(checkpoint: Checkpoint, component: str, path: Path, islands: tuple[Island, ...]) -> Path:
@@ -115,36 +119,125 @@ def run(path: Path, **inputs: np.ndarray) -> np.ndarray:
     return np.asarray(output, np.float32)
 
 
+@pytest.mark.parametrize("factor", [1e6, 1e7])  # with the second, weights too are past fp16's end
 def test_an_overflow_is_found_kept_in_fp32_and_the_picture_stays(
-    build_smallest: Callable[..., Checkpoint], tmp_path: Path
+    build_smallest: Callable[..., Checkpoint], tmp_path: Path, factor: float
 ) -> None:
     case = decoder_case()
-    checkpoint = overflowing(build_smallest())
+    checkpoint = overflowing(build_smallest(), factor)
     with torch.no_grad():
         expected = checkpoint.vae.decode(torch.from_numpy(case.inputs["latent_sample"])).sample.numpy()
-    islands = find_islands("vae_decoder", measure_ranges(wrap(checkpoint, "vae_decoder"), [case]))
+    weights = {name: array.numpy().copy() for name, array in wrap(checkpoint, "vae_decoder").state_dict().items()}
+    islands = islands_of(checkpoint, "vae_decoder", case)
     assert [island.module for island in islands] == ["decoder.mid_block.resnets.0"]
     assert islands[0].peak > 65_504
 
     path = export_half(checkpoint, "vae_decoder", tmp_path / "islands" / "model.onnx", islands)
     latents = case.inputs["latent_sample"].astype(np.float16)
     found = run(path, latent_sample=latents)
-    assert np.abs(found - expected).max() < 5e-3 * np.abs(expected).max()  # measured 1.1e-3
+    assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()  # measured 2.3e-3 with both
 
-    graph = onnx.load(path).graph
-    stored = {tensor.name: tensor.data_type for tensor in graph.initializer if tensor.name.endswith("weight")}
-    inside = {name for name in stored if name.startswith("decoder.mid_block.resnets.0.conv")}
-    assert {stored[name] for name in inside} == {onnx.TensorProto.FLOAT}
-    assert stored["decoder.mid_block.resnets.1.conv1.weight"] == onnx.TensorProto.FLOAT16
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    for name in ("conv1.weight", "conv1.bias", "conv2.weight", "norm2.weight"):
+        key = f"decoder.mid_block.resnets.0.{name}"
+        assert stored[key].dtype == np.float32
+        np.testing.assert_array_equal(stored[key].reshape(weights[key].shape), weights[key])  # bit for bit
+    assert stored["decoder.mid_block.resnets.1.conv1.weight"].dtype == np.float16
 
     # And the island is needed. Shown in torch, because ONNX Runtime's CPU provider computes fp16 nodes in fp32.
     for kept, finite in ((islands, True), ((), False)):
-        module = wrap(overflowing(build_smallest()), "vae_decoder")
-        to_half(module, kept)
-        with torch.no_grad():
-            image = module(torch.from_numpy(latents)).float().numpy()
+        image = in_half(overflowing(build_smallest(), factor), "vae_decoder", kept, case)
         assert np.isfinite(image).all() == finite
-        assert (np.abs(image - expected).max() < 1e-2 * np.abs(expected).max()) == finite  # measured 1.5e-3
+        assert (np.abs(image - expected).max() < 2e-2 * np.abs(expected).max()) == finite  # measured 5.6e-3, 6.1e-3
+
+
+def in_half(checkpoint: Checkpoint, component: str, islands: tuple[Island, ...], case: Case) -> np.ndarray:
+    """What torch computes in true half precision."""
+    module = wrap(checkpoint, component)
+    to_half(module, islands)
+    tensors = [torch.from_numpy(array) for array in case.inputs.values()]
+    with torch.no_grad():
+        output = module(*(tensor.half() if tensor.is_floating_point() else tensor for tensor in tensors))
+    assert output.dtype == torch.float16
+    return output.float().numpy()
+
+
+def test_an_overflow_of_the_residual_stream_reaches_over_lists_of_modules(
+    build_smallest: Callable[..., Checkpoint],
+) -> None:
+    """ModuleLists ("decoder.mid_block.resnets") are never called: an island there ended in a KeyError."""
+    case = decoder_case()
+    checkpoint = overflowing_residual(build_smallest())
+    with torch.no_grad():
+        expected = checkpoint.vae.decode(torch.from_numpy(case.inputs["latent_sample"])).sample.numpy()
+    islands = islands_of(checkpoint, "vae_decoder", case)
+    assert [island.module for island in islands] == ["decoder"]
+    found = in_half(checkpoint, "vae_decoder", islands, case)
+    assert np.abs(found - expected).max() < 5e-3 * np.abs(expected).max()  # measured 5.6e-4
+
+
+def test_nothing_inside_an_island_changes(build_smallest: Callable[..., Checkpoint]) -> None:
+    """Its weights went through fp16, and those past its end were infinite."""
+    decoder = wrap(overflowing(build_smallest(), 1e7), "vae_decoder")
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    to_half(decoder, [Island("decoder.mid_block.resnets.0", 1e7, 1.0)])
+    for name, tensor in decoder.state_dict().items():
+        inside = name.startswith("decoder.mid_block.resnets.0.")
+        assert tensor.dtype == (torch.float32 if inside else torch.float16)
+        assert torch.equal(tensor, before[name] if inside else before[name].half())
+    assert before["decoder.mid_block.resnets.0.conv1.weight"].abs().max() > FP16_MAX
+
+
+def test_an_island_of_the_decoders_first_upper_weights_leaves_the_rest_fp16(
+    build_smallest: Callable[..., Checkpoint],
+) -> None:
+    """diffusers casts to the dtype of those weights, so that fp32 went into fp16 convolutions."""
+    case = decoder_case()
+    with torch.no_grad():
+        expected = wrap(build_smallest(), "vae_decoder")(torch.from_numpy(case.inputs["latent_sample"])).numpy()
+    found = in_half(build_smallest(), "vae_decoder", (Island("decoder.up_blocks.0.resnets.0.norm1", 1.0, 1.0),), case)
+    assert np.abs(found - expected).max() < 2e-2 * np.abs(expected).max()  # measured 5.8e-3
+
+
+def test_a_sum_that_cancels_is_kept_in_fp32_with_its_error(
+    build_smallest: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    """A layer whose inputs are a large offset and a small signal: nothing overflows, and fp16 loses the signal."""
+    ids = np.array([[49_406, *range(320, 320 + 75), 49_407]], np.int32)
+    case = Case("1 prompt", {"input_ids": ids}, {})
+    with torch.no_grad():
+        expected = wrap(offset(build_smallest()), "text_encoder")(torch.from_numpy(ids)).numpy()
+    [island] = islands_of(offset(build_smallest()), "text_encoder", case)
+    assert island.module == "model.text_model.encoder.layers.0"  # with the norm that its inputs come from
+    assert island.error == pytest.approx(0.76, rel=0.3)
+    assert 2900 < island.peak < precision.LIMIT
+
+    accepted = TOLERANCES["fp16", "fp16"].components["text_encoder"] * np.abs(expected).max()
+    for islands, name in (((island,), "island"), ((), "none")):
+        path = export_half(offset(build_smallest()), "text_encoder", tmp_path / name / "model.onnx", islands)
+        in_graph, in_torch = run(path, input_ids=ids), in_half(offset(build_smallest()), "text_encoder", islands, case)
+        for found in (in_graph, in_torch):
+            # Measured, graph and torch: 7.1e-4 and 8.7e-4 with it, 0.38 and 0.56 without; accepted is 1e-2.
+            assert (np.abs(found - expected).max() < accepted) == bool(islands)
+
+
+def test_an_export_lists_its_islands_with_their_figures(
+    build_smallest: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    checkpoints.save(overflowing(build_smallest(), 1e7), tmp_path / "checkpoint")
+    folder = export_variant(ExportRequest(tmp_path / "bundle", weights=str(tmp_path / "checkpoint"), precision="fp16"))
+    brief = json.loads((folder / "bundle.json").read_text())["parity"]["components"]
+    figures = json.loads((folder / "parity.json").read_text())["components"]
+    assert {name: graph["islands"] for name, graph in brief.items()} == {
+        name: graph["islands"] for name, graph in figures.items()
+    }
+    assert {name for name, graph in brief.items() if graph["islands"]} == {"vae_decoder"}
+    [island] = brief["vae_decoder"]["islands"]
+    assert island.keys() == {"module", "peak", "error"}
+    assert island["module"] == "decoder.mid_block.resnets.0"
+    assert island["peak"] > FP16_MAX
+    assert island["error"] > ERROR_LIMIT
+    assert f"{island['peak']:,.0f}" in (folder / "parity.html").read_text()
 
 
 def test_the_mini_needs_no_island(exported: Callable[..., Path]) -> None:
@@ -186,7 +279,9 @@ def test_fp16_is_finite_from_64_to_1024_px(one_head: dict[tuple[str, str], Path]
         "timestep": np.array([501.0], np.float32),
         "encoder_hidden_states": generator.standard_normal((1, 77, 32)).astype(np.float32),
     }
-    for component, inputs in (("unet", unet), ("vae_decoder", {"latent_sample": latents})):
+    image = generator.uniform(-1, 1, (1, 3, side, side)).astype(np.float32)
+    calls = {"unet": unet, "vae_decoder": {"latent_sample": latents}, "vae_encoder": {"sample": image}}
+    for component, inputs in calls.items():
         expected = run(one_head[component, "fp32"], **inputs)
         halves = {name: array if name == "timestep" else array.astype(np.float16) for name, array in inputs.items()}
         near({"": expected}, {"": run(one_head[component, "fp16"], **halves)})
@@ -199,7 +294,7 @@ def one_head(
     """Graphs of a model with one attention head, by component and precision."""
     folder = tmp_path_factory.mktemp("one-head")
     paths: dict[tuple[str, str], Path] = {}
-    for component in ("unet", "vae_decoder"):
+    for component in ("unet", "vae_decoder", "vae_encoder"):
         for kind in ("fp32", "fp16"):
             checkpoint = build_smallest(attention_head_dim=1)
             spec = graphs.components(graphs.model_facts(checkpoint), kind)[component]
@@ -308,5 +403,5 @@ def test_weights_past_the_range_of_fp16_are_stored_in_fp32(
 
 
 def test_limit_is_half_of_fp16s_largest() -> None:
-    assert float(np.finfo(np.float16).max) == precision.FP16_MAX
-    assert precision.FP16_MAX / 2 == precision.LIMIT
+    assert float(np.finfo(np.float16).max) == FP16_MAX
+    assert FP16_MAX / 2 == precision.LIMIT
