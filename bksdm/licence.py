@@ -70,6 +70,17 @@ def unknown(source: str) -> Licence:
     )
 
 
+def joined(first: Licence, second: Licence) -> Licence:
+    """Of weights that both apply to: every name once, and both notices, the one that holds the other alone."""
+    names = " and ".join(dict.fromkeys([*first.name.split(" and "), *second.name.split(" and ")]))
+    ours, theirs = first.notice.strip(), second.notice.strip()
+    if theirs in ours:
+        return Licence(names, first.notice)
+    if ours in theirs:
+        return Licence(names, second.notice)
+    return Licence(names, f"{ours}\n\n{'-' * 80}\n\n{theirs}\n")
+
+
 def _name_in(notice: str) -> str:
     head = notice[:2000]
     if "RAIL++-M" in head:
