@@ -71,7 +71,7 @@ def test_what_comes_back_is_the_average_of_the_weights(tmp_path):
     for step, weight in enumerate(raw, 1):
         decay = min(0.5, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * weight
-    torch.testing.assert_close(made.weight.detach(), average, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(made.weight.detach(), average, rtol=0, atol=4e-7)  # measured 6e-8 over 5 seeds
 
 
 def test_a_rate_speeds_up_the_parameters_it_names_and_no_others(tmp_path):
@@ -92,7 +92,7 @@ def test_a_rate_speeds_up_the_parameters_it_names_and_no_others(tmp_path):
             rates={"0.weight": rate},
         )
         moved[rate] = {key: (value - before[key]).abs().max().item() for key, value in made.state_dict().items()}
-    assert moved[10.0]["0.weight"] == pytest.approx(10 * moved[1.0]["0.weight"], rel=1e-2)
+    assert moved[10.0]["0.weight"] == pytest.approx(10 * moved[1.0]["0.weight"], rel=1e-4)  # measured 1.2e-5
     assert moved[10.0]["1.weight"] == moved[1.0]["1.weight"]
 
 

@@ -121,7 +121,7 @@ def _describe(data: Path) -> tuple[object, Licence]:
         notice = (data / "LICENSE").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{data} has no LICENSE to hand on with the weights: put the notices of its pictures there, "
+            f"{data} has no LICENSE in plain text to hand on with the weights: put the notices of its pictures there, "
             "or make a folder with bksdm-train data -o DIR"
         ) from error
     path = data / "dataset.json"
