@@ -115,7 +115,7 @@ def load(
         parts = dataclasses.replace(parts, unet=overlay)
         source = f"{source} with the U-Net of {_called(Path(unet))}"
         if own := _licence_of_unet(Path(unet)):
-            terms = licence.joined(terms, own, "U-Net")
+            terms = licence.with_part(terms, own, "U-Net")
     where = source  # in errors, unlike in records, a path is a path
     if weights not in (None, "demo", "random"):
         where = str(weights) if unet is None else f"{weights} with the U-Net of {unet}"

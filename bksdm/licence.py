@@ -75,7 +75,7 @@ def of_variant(name: str, variant: str, source: str) -> Licence:
     return _stated(name, f"No licence file came with these weights ({source}); they are said to be {variant}: {name}")
 
 
-def joined(terms: Licence, own: Licence, part: str) -> Licence:
+def with_part(terms: Licence, own: Licence, part: str) -> Licence:
     """The licence of a model, one part of which ("U-Net") has a licence of its own."""
     if own.notice == terms.notice:
         return terms
@@ -104,6 +104,17 @@ def _of_model_card(path: Path) -> Licence | None:
         if front and (found := re.search(rf"^{key}: *['\"]?([^'\"\n#]+)", front[1], re.MULTILINE)):
             return _stated(found[1].strip(), f"The model card of these weights names their licence: {found[1].strip()}")
     return None
+
+
+def joined(first: Licence, second: Licence) -> Licence:
+    """Of weights that both apply to: every name once, and both notices, the one that holds the other alone."""
+    names = " and ".join(dict.fromkeys([*first.name.split(" and "), *second.name.split(" and ")]))
+    ours, theirs = first.notice.strip(), second.notice.strip()
+    if theirs in ours:
+        return Licence(names, first.notice)
+    if ours in theirs:
+        return Licence(names, second.notice)
+    return Licence(names, f"{ours}\n\n{'-' * 80}\n\n{theirs}\n")
 
 
 def _name_in(notice: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
@@ -48,17 +50,17 @@ def retrieval(
     """
     from tqdm import tqdm
 
-    from bksdm.packages import PackageError
-    from bksdm_evaluation.features import features, load_network
+    from bksdm.packages import PACKAGES, PackageError
+    from bksdm_evaluation.features import PACKAGE, features, load_network
     from bksdm_evaluation.generate import generate
-    from bksdm_evaluation.retrieval import DatasetError, rank, read_dataset
+    from bksdm_evaluation.retrieval import DatasetError, ScoreError, rank, read_dataset
     from bksdm_runtime import bundle as bundles
     from bksdm_runtime.engine import MissingBackend
     from bksdm_runtime.pictures import USER_ERRORS, find_bundle
     from bksdm_runtime.pipeline import Pipeline
 
-    if output is not None and not output.parent.is_dir():
-        raise click.BadParameter(f"{output.parent} is not a folder", param_hint="--output")
+    if output is not None:
+        _refuse_unwritable(output)
     try:
         opened = bundles.load(find_bundle(bundle)[0])
         dataset = read_dataset(folder, opened.manifest.model.height)
@@ -68,7 +70,7 @@ def retrieval(
             guidance_scale = opened.manifest.model.guidance_scale
         pipeline = Pipeline.open(opened, threads=threads)
         captions = [dataset.captions[i] for i in chosen]
-        with tqdm(total=len(chosen), unit="picture", dynamic_ncols=True) as bar:
+        with tqdm(total=len(chosen), unit="picture", dynamic_ncols=True, disable=None) as bar:
             pictures = generate(
                 pipeline,
                 captions,
@@ -76,13 +78,13 @@ def retrieval(
                 guidance_scale=guidance_scale,
                 seed=seed,
                 batch_size=batch_size,
-                on_step=lambda advanced: bar.update(advanced / (steps + 1)),
+                on_step=bar.update,
             )
+        result = rank(features(network, pictures), features(network, dataset.pictures), chosen)
     except MissingBackend as error:
         raise click.UsageError(str(error)) from error
-    except (*USER_ERRORS, DatasetError, PackageError) as error:
+    except (*USER_ERRORS, DatasetError, ScoreError, PackageError, OSError) as error:
         raise click.ClickException(str(error)) from error
-    result = rank(features(network, pictures), features(network, dataset.pictures), chosen)
     figures = {
         "top1": result.top(1),
         "top5": result.top(5),
@@ -92,13 +94,48 @@ def retrieval(
         "guidance_scale": guidance_scale,
         "seed": seed,
         "bundle": opened.sha256,
+        # What repeats it: pixels may differ between backends, batches and numbers of threads.
+        "dataset": dataset.sha256,
+        "features": PACKAGES[PACKAGE].sha256,
+        "backend": pipeline.backend,
+        "batch_size": batch_size,
+        "threads": pipeline.threads,
+        "versions": _versions(),
     }
     click.echo(
         f"top-1 {figures['top1']:.1%}, top-5 {figures['top5']:.1%} "
         f"of {len(chosen)} captions among {len(dataset.pictures)} pictures"
     )
     if output is not None:
-        output.write_text(json.dumps(figures, indent=2) + "\n")
+        try:
+            _write(output, json.dumps(figures, indent=2) + "\n")
+        except OSError as error:
+            raise click.ClickException(f"{output} cannot be written: {error.strerror or error}") from error
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("bksdm", "numpy", "pillow", "torch", "onnxruntime", "onnxruntime-gpu"):
+        with suppress(PackageNotFoundError):  # one of the two onnxruntimes
+            found[package] = version(package)
+    return found
+
+
+def _refuse_unwritable(output: Path) -> None:
+    """Notice before minutes of work that the result could not be written."""
+    if output.is_dir():
+        raise click.BadParameter(f"{output} is a folder, not a file", param_hint="--output")
+    if not output.parent.is_dir():
+        raise click.BadParameter(f"{output.parent} is not a folder", param_hint="--output")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"{output.parent} cannot be written", param_hint="--output")
+
+
+def _write(output: Path, text: str) -> None:
+    """The whole file or the one that was there."""
+    staging = output.with_name(f".{output.name}")
+    staging.write_text(text)
+    staging.replace(output)
 
 
 def main() -> None:

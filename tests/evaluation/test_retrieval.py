@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bksdm_evaluation.retrieval import DatasetError, rank, read_dataset
+from bksdm_evaluation.retrieval import DatasetError, ScoreError, rank, read_dataset
 
 
 def test_ranks_count_the_pictures_that_are_nearer():
@@ -19,7 +19,7 @@ def test_ranks_count_the_pictures_that_are_nearer():
 def test_features_that_say_nothing_score_nothing():
     same = np.full((3, 4), 0.5, np.float32)
     assert rank(same, same, own=[0, 1, 2]).ranks.tolist() == [2, 2, 2]
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ScoreError, match="not finite"):
         rank(np.full((3, 4), np.nan, np.float32), same, own=[0, 1, 2])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bksdm_training import vae
 from bksdm_training.config import LoopConfig, TeacherConfig
+from bksdm_training.teacher import train_teacher
 
 MINI = TeacherConfig(
     size=64,
@@ -66,6 +67,19 @@ class SquaredError(nn.Module):
 @pytest.fixture
 def no_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vae, "Lpips", SquaredError)
+
+
+@pytest.fixture(scope="session")
+def trained(mini_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, in float32; copy it before anything goes on from it."""
+    folder = tmp_path_factory.mktemp("trained")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae, "Lpips", SquaredError)
+        train_teacher(MINI, mini_data, folder, torch.device("cpu"), dtype=torch.float32)
+    torch.set_num_threads(before)
+    return folder
 
 
 @pytest.fixture(autouse=True)

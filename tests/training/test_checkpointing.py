@@ -36,6 +36,53 @@ def test_a_half_written_state_is_removed_and_the_one_before_it_used(tmp_path):
     assert not half.exists()
 
 
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def _say(path, text):
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: _cut(state / "weights.safetensors"),
+        lambda state: (state / "weights.safetensors").unlink(),
+        lambda state: (state / "state.json").unlink(),
+        lambda state: _say(state / "state.json", "{"),
+        lambda state: _say(state / "state.json", "[1]"),
+        lambda state: _say(state / "state.json", '{"groups": ["weights"]}'),
+        lambda state: _say(state / "state.json", '{"step": 7, "groups": ["weights"]}'),
+        lambda state: _say(state / "state.json", '{"step": 5}'),
+    ],
+)
+def test_a_damaged_state_is_passed_over_with_a_warning(tmp_path, spoil, caplog):
+    for step in (3, 5):
+        checkpointing.save(tmp_path, _state(step))
+    spoil(tmp_path / "step-00000005")
+    newest = checkpointing.load_newest(tmp_path)
+    assert newest is not None
+    assert newest.step == 3
+    assert "step-00000005 is damaged" in caplog.text
+    spoil(tmp_path / "step-00000003")
+    with pytest.raises(ResumeError, match="every state"):
+        checkpointing.load_newest(tmp_path)
+
+
+def test_a_state_is_out_of_sight_before_its_files_go(tmp_path, monkeypatch):
+    """A kill while an old state was being deleted left half a folder that counted as a whole state."""
+    for step in (1, 2):
+        checkpointing.save(tmp_path, _state(step), keep=2)
+    monkeypatch.setattr(checkpointing.shutil, "rmtree", lambda *_, **__: None)  # killed before a file is gone
+    checkpointing.save(tmp_path, _state(2), keep=2)
+    checkpointing.save(tmp_path, _state(3), keep=2)
+    assert checkpointing.steps(tmp_path) == [2, 3]
+    monkeypatch.undo()
+    assert checkpointing.load_newest(tmp_path).step == 3
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_nothing_yet_is_none(tmp_path):
     assert checkpointing.load_newest(tmp_path) is None
     assert checkpointing.load_newest(tmp_path / "not there") is None

@@ -27,6 +27,12 @@ def test_no_metadata_says_how_to_make_one(tmp_path):
         read_folder(tmp_path, 8)
 
 
+def test_a_listing_that_is_no_text_is_one_sentence(tmp_path):
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="cannot be read as text"):
+        read_folder(tmp_path, 8)
+
+
 @pytest.mark.parametrize(
     "line",
     [

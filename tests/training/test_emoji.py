@@ -1,5 +1,8 @@
 import io
 import json
+import shutil
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -127,3 +130,37 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         emoji.build(tmp_path / "sub" / "out", size=32)
     assert list((tmp_path / "sub").iterdir()) == []
+
+
+_KILLED = """
+import os, sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from bksdm_training import emoji
+with emoji._staging(Path({output!r})) as staging:
+    (staging / "train").mkdir()
+    print("building", flush=True)
+    sys.stdin.read()
+    os._exit(9)
+"""
+
+
+@pytest.mark.usefixtures("fake_packages")
+def test_what_a_killed_build_left_is_removed_and_what_a_running_one_holds_is_not(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".out-notes").mkdir()  # the user's own
+    program = _KILLED.format(path=sys.path, output=str(home / "out"))
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "building\n"
+        [held] = home.glob(".out.building-*")
+        emoji.build(home / "out", size=32)
+        assert (held / "train").is_dir()
+    assert held.is_dir()  # it was killed
+    emoji.build(home / "second", size=32)  # another folder's build is none of this one's business
+    assert held.is_dir()
+    shutil.rmtree(home / "out")
+    emoji.build(home / "out", size=32)
+    assert {path.name for path in home.iterdir()} == {"out", "second", ".out-notes"}

@@ -1,11 +1,14 @@
 """The loop: exact resume, averaged weights, and refusing to go on from another model."""
 
+import io
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from bksdm_training import loop
-from bksdm_training.checkpointing import ResumeError, load_newest
+from bksdm_training.checkpointing import ResumeError, State, load_newest, save
 from bksdm_training.config import LoopConfig
 from bksdm_training.loop import DivergedError
 
@@ -16,7 +19,7 @@ class KilledError(Exception):
     pass
 
 
-def _train(folder, *, die_at=None, config=CONFIG, width=4):
+def _train(folder, *, die_at=None, config=CONFIG, width=4, **options):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
 
@@ -27,7 +30,14 @@ def _train(folder, *, die_at=None, config=CONFIG, width=4):
         return {"mse": (module(x) - x.sum(1, keepdim=True)).square().mean()}
 
     return loop.run(
-        "toy", module, loss_at, config, folder, device=torch.device("cpu"), on_checkpoint=lambda step, module: None
+        "toy",
+        module,
+        loss_at,
+        config,
+        folder,
+        device=torch.device("cpu"),
+        on_checkpoint=lambda step, module: None,
+        **options,
     )
 
 
@@ -61,7 +71,7 @@ def test_what_comes_back_is_the_average_of_the_weights(tmp_path):
     for step, weight in enumerate(raw, 1):
         decay = min(0.5, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * weight
-    torch.testing.assert_close(made.weight.detach(), average, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(made.weight.detach(), average, rtol=0, atol=4e-7)  # measured 6e-8 over 5 seeds
 
 
 def test_a_rate_speeds_up_the_parameters_it_names_and_no_others(tmp_path):
@@ -82,7 +92,7 @@ def test_a_rate_speeds_up_the_parameters_it_names_and_no_others(tmp_path):
             rates={"0.weight": rate},
         )
         moved[rate] = {key: (value - before[key]).abs().max().item() for key, value in made.state_dict().items()}
-    assert moved[10.0]["0.weight"] == pytest.approx(10 * moved[1.0]["0.weight"], rel=1e-2)
+    assert moved[10.0]["0.weight"] == pytest.approx(10 * moved[1.0]["0.weight"], rel=1e-4)  # measured 1.2e-5
     assert moved[10.0]["1.weight"] == moved[1.0]["1.weight"]
 
 
@@ -97,6 +107,60 @@ def test_a_finished_run_can_be_prolonged(tmp_path):
     longer = LoopConfig(**{**CONFIG.__dict__, "steps": 16})
     _train(tmp_path, config=longer)
     assert [row["step"] for row in loop.read_log(tmp_path)] == list(range(1, 17))
+
+
+def test_fewer_steps_than_were_trained_are_refused(tmp_path):
+    _train(tmp_path)
+    shorter = LoopConfig(**{**CONFIG.__dict__, "steps": 11})
+    with pytest.raises(ResumeError, match="is at step 12 already"):
+        _train(tmp_path, config=shorter)
+
+
+def test_a_state_without_one_of_its_groups_is_one_sentence(tmp_path):
+    save(tmp_path, State(3, {"weights": {"a": torch.zeros(1)}}, {"stage": "toy", "made_on": ""}))
+    with pytest.raises(ResumeError, match="the state has no ema"):
+        _train(tmp_path)
+
+
+def test_averages_of_another_shape_are_refused_by_name(tmp_path):
+    _train(tmp_path)
+    state = load_newest(tmp_path)
+    ema = {key: value for key, value in state.groups["ema"].items() if key != "2.bias"}
+    save(tmp_path, State(state.step, {**state.groups, "ema": ema}, state.facts))
+    with pytest.raises(ResumeError, match=r"does not fit this model at 2\.bias"):
+        _train(tmp_path)
+
+
+def test_a_run_whose_newest_state_is_damaged_ends_with_the_same_weights(tmp_path, caplog):
+    whole = _train(tmp_path / "whole")
+    with pytest.raises(KilledError):
+        _train(tmp_path / "broken", die_at=11)
+    (tmp_path / "broken" / "step-00000008" / "ema.safetensors").write_bytes(b"cut")
+    broken = _train(tmp_path / "broken")
+    assert "step-00000008 is damaged" in caplog.text
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, broken.state_dict()[key]), key
+
+
+def test_a_log_gets_a_line_a_checkpoint(tmp_path, capsys):
+    _train(tmp_path, pictures_at=lambda step: 1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"\d+\.\d+|\d\d:\d\d", "#", line) for line in lines] == [
+        f"toy: step {step} of 12, mse #, # images/s, # left" for step in (4, 8, 12)
+    ]
+    assert lines[-1].endswith("00:00 left")
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    _train(tmp_path)
+    assert "12/12" in terminal.getvalue()
+    assert "images/s" not in terminal.getvalue()
 
 
 def test_state_of_another_model_is_refused(tmp_path):

@@ -51,7 +51,7 @@ def test_lpips_equals_an_independent_float64_computation():
     a, b = rng.uniform(-1, 1, (2, 3, 32, 32))
     with torch.no_grad():
         ours = lpips(torch.tensor(a[None], dtype=torch.float32), torch.tensor(b[None], dtype=torch.float32)).item()
-    assert ours == pytest.approx(_reference(lpips, a, b), rel=1e-5)  # measured 2e-7
+    assert ours == pytest.approx(_reference(lpips, a, b), rel=2e-6)  # measured 2e-7
 
 
 @pytest.mark.slow

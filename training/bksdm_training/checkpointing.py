@@ -1,4 +1,4 @@
-"""Training state on disk: written whole or not at all, the last few kept, the newest found again.
+"""Training state on disk: written whole or not at all, the last few kept, the newest whole one found again.
 
 A state is a folder `step-00001200/` of safetensors files (one per group of tensors) and `state.json`. There is no
 random state to save: every draw comes from a generator seeded by (seed, step)."""
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -20,10 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 _STEP = re.compile(r"step-(\d{8})")
+_UNFINISHED = ".writing-"  # what is not whole yet, or not any more: swept by whoever looks next
+
+logger = logging.getLogger(__name__)
 
 
 class ResumeError(Exception):
-    """The newest state does not belong to this run."""
+    """What was saved does not belong to this run, or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -39,37 +43,54 @@ def save(folder: Path, state: State, *, keep: int = 2) -> Path:
     """Write `state` as `folder/step-XXXXXXXX`, then drop all but the newest `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{state.step:08d}"
-    staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+    staging = Path(tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED))
     try:
         for name, tensors in state.groups.items():
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, staging / f"{name}.safetensors")
-        (staging / "state.json").write_text(json.dumps({"step": state.step, **state.facts}, indent=2) + "\n")
+        facts = {"step": state.step, "groups": sorted(state.groups), **state.facts}
+        (staging / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
         staging.replace(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
+        _remove(folder / f"step-{old:08d}")
     return target
 
 
 def load_newest(folder: Path) -> State | None:
-    """The newest whole state, or None when there is none yet. Half-written ones of a killed run are removed."""
+    """The newest state that can be read, or None when there is none yet. Half-written ones of a killed run are removed.
+
+    A damaged state is passed over with a warning. Raises ResumeError when all are damaged."""
     if not folder.is_dir():
         return None
-    for stale in folder.glob(".writing-*"):
+    for stale in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(stale, ignore_errors=True)
     found = steps(folder)
-    if not found:
-        return None
-    path = folder / f"step-{found[-1]:08d}"
-    try:
-        facts = json.loads((path / "state.json").read_text())
-        groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ResumeError(f"{path} is damaged ({error}): remove it to go on from the state before it") from error
-    return State(facts.pop("step"), groups, facts)
+    for step in reversed(found):
+        try:
+            return _read(folder / f"step-{step:08d}", step)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("%s is damaged (%s) and is passed over", folder / f"step-{step:08d}", reason)
+    if found:
+        raise ResumeError(f"every state in {folder} is damaged: remove the folder to begin again")
+    return None
+
+
+def _read(path: Path, step: int) -> State:
+    facts = json.loads((path / "state.json").read_text())
+    if facts.pop("step") != step:
+        raise ValueError("state.json says another step")
+    return State(step, {name: load_file(path / f"{name}.safetensors") for name in facts.pop("groups")}, facts)
+
+
+def _remove(state: Path) -> None:
+    """Out of sight first: a kill while its files go must not leave half a state that looks whole."""
+    doomed = Path(tempfile.mkdtemp(dir=state.parent, prefix=_UNFINISHED))
+    state.rename(doomed / state.name)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -109,8 +130,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tenso
 
 def restore_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load weights that must fit exactly. Raises ResumeError naming the first key that does not."""
-    own = module.state_dict()
-    for key in own.keys() | tensors.keys():
+    check_fit(module.state_dict(), tensors)
+    module.load_state_dict(dict(tensors))
+
+
+def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ResumeError naming the first key that only one of them has, or has in another shape."""
+    for key in sorted(own.keys() | tensors.keys()):
         if key not in own or key not in tensors or own[key].shape != tensors[key].shape:
             raise ResumeError(f"the saved state does not fit this model at {key}: it was made with other settings")
-    module.load_state_dict(dict(tensors))

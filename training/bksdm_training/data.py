@@ -39,7 +39,11 @@ def read_folder(folder: Path, size: int) -> Pictures:
     if not listing.is_file():
         raise DataError(f"{folder} has no metadata.jsonl: make one with bksdm-train data -o DIR")
     pixels, captions, names = [], [], []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{listing} cannot be read as text ({error}): make the folder again") from error
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             name, texts = row["file_name"], row.get("captions") or [row["text"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,24 +37,29 @@ def run(
     on_checkpoint: Callable[[int, nn.Module], None],
     made_on: str = "",
     rates: Mapping[str, float] | None = None,
+    pictures_at: Callable[[int], int] | None = None,
 ) -> nn.Module:
     """Train `module` and return it with the averaged (EMA) weights, in eval mode.
 
     loss_at(step, generator) gives the terms of the loss of step 1..steps; their sum is minimised. All its draws come
     from `generator`. A run that was killed goes on from its newest state in `folder`. `on_checkpoint(step, module)`
     sees the averaged weights. made_on: what the run depends on (a hash); a state made on something else is refused.
-    rates: learning rate factor of the parameters whose name ends so; 1 for the others.
+    rates: learning rate factor of the parameters whose name ends so; 1 for the others. pictures_at(step): how many
+    pictures a step sees, where that is not always the batch size. Progress on stderr: a bar on a terminal, elsewhere
+    a line at every checkpoint.
     Raises DivergedError, checkpointing.ResumeError."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(_groups(module, rates or {}), lr=0.0, weight_decay=config.weight_decay)
     average = {key: value.detach().clone() for key, value in module.state_dict().items()}
     facts: dict[str, object] = {"stage": name, "made_on": made_on}
     done, earlier = _resume(folder, module, optimizer, average, facts)
+    if done > config.steps:
+        raise ResumeError(f"{folder} is at step {done} already: ask for that many or more, or choose another --output")
     first, started = done + 1, time.monotonic()
     module.train()
     with (
         _Log(folder / "log.jsonl", first) as log,
-        tqdm(total=config.steps, initial=first - 1, desc=name, unit="step", dynamic_ncols=True) as bar,
+        _Progress(name, done, config, pictures_at) as progress,
     ):
         for step in range(first, config.steps + 1):
             for group in optimizer.param_groups:
@@ -70,8 +76,7 @@ def run(
             _average(average, module, min(config.ema_decay, (1 + step) / (10 + step)))
             figures = {key: value.item() for key, value in terms.items()}
             log.write(step, figures)
-            bar.set_postfix({key: f"{value:.4f}" for key, value in figures.items()}, refresh=False)
-            bar.update()
+            progress.stepped(step, figures)
             if step % config.checkpoint_every == 0 or step == config.steps:
                 groups = {
                     "weights": module.state_dict(),
@@ -84,6 +89,7 @@ def run(
                 )
                 with _Swapped(module, average):
                     on_checkpoint(step, module)
+                progress.saved(step, figures)
     module.load_state_dict(average)
     return module.eval()
 
@@ -121,7 +127,11 @@ def _resume(
                 f"{folder} was trained with another {key} ({state.facts.get(key)}, now {value}): "
                 "remove it or choose another output folder"
             )
+    missing = [group for group in ("weights", "ema", "optimizer") if group not in state.groups]
+    if missing:
+        raise ResumeError(f"{folder}, step {state.step}: the state has no {missing[0]}, so this loop did not write it")
     checkpointing.restore_module(module, state.groups["weights"])
+    checkpointing.check_fit(average, state.groups["ema"])
     checkpointing.restore_optimizer(optimizer, state.groups["optimizer"])
     for key, value in state.groups["ema"].items():
         average[key].copy_(value)
@@ -152,6 +162,39 @@ class _Swapped:
     def __exit__(self, *_: object) -> None:
         self.module.load_state_dict(self.own)
         self.module.train()
+
+
+class _Progress:
+    """A bar on stderr where that is a terminal; elsewhere a line a checkpoint, for a log keeps every state of a bar."""
+
+    def __init__(
+        self, name: str, done: int, config: LoopConfig, pictures_at: Callable[[int], int] | None = None
+    ) -> None:
+        self.name, self.done, self.config = name, done, config
+        self.pictures_at = pictures_at or (lambda step: config.batch_size)
+        self.pictures, self.started, self.since = 0, time.monotonic(), time.monotonic()
+        self.bar = tqdm(total=config.steps, initial=done, desc=name, unit="step", dynamic_ncols=True, disable=None)
+
+    def stepped(self, step: int, figures: Mapping[str, float]) -> None:
+        self.pictures += self.pictures_at(step)
+        self.bar.set_postfix({key: f"{value:.4f}" for key, value in figures.items()}, refresh=False)
+        self.bar.update()
+
+    def saved(self, step: int, figures: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if self.bar.disable:
+            losses = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
+            rate = self.pictures / (now - self.since)  # since the line before, checkpoint and samples included
+            left = tqdm.format_interval((now - self.started) / (step - self.done) * (self.config.steps - step))
+            line = f"{self.name}: step {step:,} of {self.config.steps:,}, {losses}, {rate:.1f} images/s, {left} left"
+            tqdm.write(line, file=sys.stderr)
+        self.pictures, self.since = 0, now
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
 
 
 class _Log:

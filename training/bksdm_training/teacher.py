@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +14,14 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from bksdm import checkpoint
+from bksdm import checkpoint, image_folder, licence
+from bksdm.checkpoint import Checkpoint
 from bksdm.licence import Licence
 from bksdm_training import checkpointing, loop
 from bksdm_training.charts import save_curve, save_grid
 from bksdm_training.checkpointing import ResumeError
 from bksdm_training.config import TeacherConfig
-from bksdm_training.data import DataError, read_folder
+from bksdm_training.data import DataError, Pictures, read_folder
 from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, sample, train_denoiser
 from bksdm_training.vae import move, psnr, train_vae
 
@@ -36,15 +39,17 @@ def train_teacher(
 ) -> Path:
     """Train the demo teacher on an image folder with `train` and `unseen` splits; returns the checkpoint's folder.
 
-    init: a checkpoint to begin from; its autoencoder is kept as it is. Goes on from what `output` holds of an
-    earlier run with the same settings and data.
-    Raises DataError, ResumeError (other settings), DivergedError, PackageError, CheckpointError."""
-    about, licence = _describe(data)
-    _same_run(config, about, output)
+    init: a checkpoint to begin from; its autoencoder is kept as it is, and its licence goes on beside the pictures'.
+    Goes on from what `output` holds of an earlier run with the same settings, pictures and starting weights.
+    Raises DataError, ResumeError (anything else), DivergedError, PackageError, CheckpointError."""
+    about, terms = _describe(data)
     pictures, unseen = read_folder(data / "train", config.size), read_folder(data / "unseen", config.size)
+    begin = checkpoint.load(init) if init else None
+    files = _files(data, {"train": pictures, "unseen": unseen}, terms)
+    start = None if begin is None else _weights(begin)
+    _same_run(config, {"data": about, "files": files, "init": start}, output)
     tokenizer = checkpoint.tokenizer()
 
-    begin = checkpoint.load(init) if init else None
     vae = move(begin.vae, device) if begin else train_vae(pictures, config, output / "vae", device)
     shown = _spread([texts[0] for texts in pictures.captions], SHOWN)
     model = train_denoiser(pictures, vae, tokenizer, config, output / "unet", device, shown, begin)
@@ -59,7 +64,7 @@ def train_teacher(
             vae=vae.eval().cpu(),
             tokenizer=tokenizer,
             scheduler_config=dict(SCHEDULER_CONFIG),
-            licence=licence,
+            licence=terms if begin is None else licence.joined(begin.licence, terms),
             image_size=config.size,
             guidance_scale=config.guidance_scale,
         ),
@@ -72,16 +77,17 @@ def train_teacher(
     facts = {
         "config": asdict(config),
         "data": about,
+        "files": files,
         "pictures": {"train": len(pictures), "unseen": len(unseen)},
+        "init": None if init is None else {"name": Path(init).name, **(start or {})},
         "vae_psnr_db": {"train": psnr(vae, pictures, device), "unseen": psnr(vae, unseen, device)},
         "scaling_factor": vae.config["scaling_factor"],
-        "init": None if begin is None else begin.source,
         "seconds": {stage: _seconds(output / stage) for stage in ("vae", "unet")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
     }
-    (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    _write_json(output / "training.json", facts)
     return folder
 
 
@@ -113,9 +119,9 @@ def _describe(data: Path) -> tuple[object, Licence]:
             raise DataError(f"{data} has no {split}/metadata.jsonl: make one with bksdm-train data -o DIR")
     try:
         notice = (data / "LICENSE").read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{data} has no LICENSE to hand on with the weights: put the notices of its pictures there, "
+            f"{data} has no LICENSE in plain text to hand on with the weights: put the notices of its pictures there, "
             "or make a folder with bksdm-train data -o DIR"
         ) from error
     path = data / "dataset.json"
@@ -127,25 +133,56 @@ def _describe(data: Path) -> tuple[object, Licence]:
     return about, Licence(" and ".join(names) or "see the notice", notice)
 
 
-def _same_run(config: TeacherConfig, about: object, output: Path) -> None:
-    """Refuse to go on with other settings or data; only run lengths may change. Raises ResumeError."""
+def _files(data: Path, splits: Mapping[str, Pictures], terms: Licence) -> dict[str, str]:
+    """SHA-256 of each split with its pictures, and of the licence. Raises DataError."""
+    try:
+        found = {split: image_folder.digest(data / split, pictures.names) for split, pictures in splits.items()}
+    except OSError as error:
+        raise DataError(f"{data} changed while it was read ({error}): run the command again") from error
+    return {**found, "LICENSE": hashlib.sha256(terms.notice.encode()).hexdigest()}
+
+
+def _weights(begin: Checkpoint) -> dict[str, object]:
+    """What tells one starting point from another: SHA-256 of each part, and the scale of the latents."""
+    parts = {"text_encoder": begin.text_encoder, "unet": begin.unet, "vae": begin.vae}
+    return {
+        **{name: checkpointing.digest(part.state_dict()) for name, part in parts.items()},
+        "scaling_factor": begin.vae.config["scaling_factor"],
+    }
+
+
+def _same_run(config: TeacherConfig, made_on: Mapping[str, object], output: Path) -> None:
+    """Refuse to go on with other settings, pictures or starting weights. Raises ResumeError."""
     path = output / "config.json"
-    now = json.loads(json.dumps({"config": asdict(config), "data": about}))
+    settings = asdict(config)
+    for stage in ("vae", "unet"):
+        del settings[stage]["steps"]  # a run may be prolonged
+    now = json.loads(json.dumps({"settings": settings, **made_on}))
     if path.is_file():
         try:
-            then = json.loads(path.read_text())
-            for stage in ("vae", "unet"):
-                then["config"][stage]["steps"] = now["config"][stage]["steps"]
-        except (ValueError, KeyError, TypeError) as error:
+            then = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise ResumeError(f"{path} is damaged ({error}): choose another --output") from error
-        if then != now:
-            raise ResumeError(f"{output} was begun with other settings or data: choose another --output")
+        if "settings" not in then:
+            raise ResumeError(f"{output} was begun by another version of bksdm: choose another --output")
+        said = {
+            "settings": "settings",
+            "data": "data",
+            "files": "pictures, captions or LICENSE",
+            "init": "--init weights",
+        }
+        if others := [said[key] for key in now if then.get(key, "") != now[key]]:
+            raise ResumeError(f"{output} was begun with other {' and '.join(others)}: choose another --output")
     output.mkdir(parents=True, exist_ok=True)
+    _write_json(path, now)
+
+
+def _write_json(path: Path, content: object) -> None:
     staging = path.with_name(f".{path.name}")
-    staging.write_text(json.dumps(now, indent=2) + "\n")
+    staging.write_text(json.dumps(content, indent=2) + "\n")
     staging.replace(path)
 
 
 def _seconds(folder: Path) -> int:
     state = checkpointing.load_newest(folder)
-    return round(float(str(state.facts["seconds"]))) if state else 0
+    return round(float(str(state.facts.get("seconds", 0)))) if state else 0

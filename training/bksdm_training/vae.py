@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -52,7 +53,8 @@ def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, device: t
     """Train (or go on training) the autoencoder; its scaling factor is set to 1 / std of the latents it gives."""
     torch.manual_seed(config.vae.seed)
     vae = build_vae(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    lpips = Lpips().to(device)
+    # At its first use: a finished autoencoder is only loaded, and LPIPS comes from a package registry.
+    lpips = cache(lambda: Lpips().to(device))
     whole_from = config.vae.steps * (1 - config.whole_share)
     # Whole pictures are (size / crop)^2 times the work: fewer of them a step.
     whole_batch = max(1, config.vae.batch_size * config.crop**2 // config.size**2)
@@ -67,7 +69,7 @@ def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, device: t
         rebuilt = decode(vae, latent.mean + latent.std * noise)
         return {
             "l1": (rebuilt - x).abs().mean(),
-            "lpips": config.lpips_weight * lpips(rebuilt, x).mean(),
+            "lpips": config.lpips_weight * lpips()(rebuilt, x).mean(),
             "kl": config.kl_weight * 0.5 * (latent.mean.square() + latent.var - 1 - latent.logvar).float().mean(),
         }
 
@@ -78,7 +80,16 @@ def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, device: t
             rebuilt = decode(vae, encode(vae, shown.to(device)).mode()).cpu()
         save_grid(torch.cat([shown, rebuilt]), folder / "samples.png", columns=len(shown))
 
-    loop.run("vae", vae, loss_at, config.vae, folder, device=device, on_checkpoint=on_checkpoint)
+    loop.run(
+        "vae",
+        vae,
+        loss_at,
+        config.vae,
+        folder,
+        device=device,
+        on_checkpoint=on_checkpoint,
+        pictures_at=lambda step: config.vae.batch_size if step <= whole_from else whole_batch,
+    )
     moments = encode_moments(vae, pictures, device)
     vae.register_to_config(scaling_factor=round(1 / moments[:, :4].std().item(), 5))
     return vae
