@@ -137,7 +137,7 @@ import os, sys
 sys.path[:0] = {path!r}
 from pathlib import Path
 from bksdm_training import emoji
-with emoji._staging(Path({output!r})) as staging:
+with emoji.scratch(Path({output!r}).parent, ".out.building-") as staging:
     (staging / "train").mkdir()
     print("building", flush=True)
     sys.stdin.read()

@@ -12,23 +12,19 @@ held out is unseen in every style.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
 from PIL import Image
 
+from bksdm.leftovers import scratch
 from bksdm.packages import PACKAGES, fetch
 
 # emojibase groups with depictable things: smileys, people, animals, food, travel, activities, objects.
@@ -109,7 +105,7 @@ def build(
     output.parent.mkdir(parents=True, exist_ok=True)
     concepts = list(read_concepts(groups))
     summary: dict[str, object] = {"size": size, "unseen_share": UNSEEN_SHARE, "groups": list(groups)}
-    with _staging(output) as staging:
+    with scratch(output.parent, f".{output.name}.building-") as staging:
         rows: dict[str, list[Example]] = {"train": [], "unseen": []}
         for split in rows:
             (staging / split).mkdir()
@@ -134,7 +130,6 @@ def build(
         names = {"fluent": "@lobehub/fluent-emoji-3d", "noto": "@iconify-json/noto"}
         summary["sources"] = [asdict(PACKAGES[names[s]]) for s in sources] + [asdict(PACKAGES["emojibase-data"])]
         (staging / "dataset.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        staging.chmod(0o755)
         staging.replace(output)
     return summary
 
@@ -190,38 +185,6 @@ def on_white(picture: Image.Image, size: int) -> Image.Image:
     ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     flat = Image.alpha_composite(ground, picture).convert("RGB")
     return flat if flat.size == (size, size) else flat.resize((size, size), Image.Resampling.LANCZOS)
-
-
-@contextmanager
-def _staging(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to build in, gone at the end unless it was renamed; so are those of killed builds."""
-    prefix = f".{output.name}.building-"
-    for left in list(output.parent.iterdir()):
-        if left.is_dir() and left.name.startswith(prefix):
-            _remove_if_dead(left)
-    staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=prefix))
-    lock = os.open(staging, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when this process ends, however it ends
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        os.close(lock)
-
-
-def _remove_if_dead(staging: Path) -> None:
-    try:
-        lock = os.open(staging, os.O_RDONLY)
-    except OSError:
-        return  # another user's, or just renamed
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if any(staging.iterdir()):  # an empty one may be about to be locked
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError:
-        pass  # its build is alive
-    finally:
-        os.close(lock)
 
 
 def _key(code: str) -> str:
