@@ -1,5 +1,6 @@
 # make run PROMPT="a red apple"    a picture from the demo model, torch-free
 # make test                        the development environment and every quick test
+# make check, slow, wheel-check, newest-check, demo: see each
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PROMPT ?= a red apple
 export OUTPUT ?= out/picture.png
@@ -59,6 +60,14 @@ $(NEWEST)/.ready: pyproject.toml constraints-newest.txt
 	$(NEWEST)/bin/python -m pip install --quiet $$(grep '^torch==' constraints-newest.txt)
 	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[export,training,evaluation]" pytest hypothesis scipy
 	@touch $@
+
+demo: $(DEV)/.ready           # train the demo model anew and put it in its two places: two hours of a CPU core
+	test -d data/emoji || $(BIN)/bksdm-train data -o data/emoji --sources fluent --groups animals-nature,food-drink
+	$(BIN)/bksdm-train teacher --data data/emoji -o runs/demo --preset cpu --threads 1
+	rm -rf checkpoints/.demo && cp -r runs/demo/checkpoint checkpoints/.demo
+	cp checkpoints/demo/README.md runs/demo/training.json runs/demo/*.png checkpoints/.demo/
+	rm -rf checkpoints/demo && mv checkpoints/.demo checkpoints/demo
+	$(BIN)/bksdm-export --weights demo --storage fp16 -o runtime/bksdm_runtime/demo --force
 
 clean:
 	rm -rf $(RUN) $(DEV) $(NEWEST) dist build .pytest_cache .ruff_cache

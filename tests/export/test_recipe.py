@@ -145,6 +145,8 @@ def test_scheduler_settings_are_checked_before_anything_is_drawn(smallest_folder
     assert stages == ["loading the checkpoint"]
 
 
+# diffusers' Euler calls np.array on a torch tensor, which numpy 2 deprecates for torch's __array__
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 def test_a_checkpoint_that_comes_with_euler_is_proven_with_a_sampler_that_it_allows(
     smallest_folder: Path, tmp_path: Path
 ) -> None:
