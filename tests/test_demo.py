@@ -1,6 +1,7 @@
 """The demo family that ships: what it weighs, what travels with it, and that both forms are the same weights."""
 
 from functools import partial
+import json
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,14 @@ def test_notices_travel_with_both():
     for notice in ((bundle.root / bundle.manifest.licence.file).read_text(encoding="utf-8"), loaded.licence.notice):
         assert "Microsoft Corporation" in notice
         assert "Miles Johnson" in notice
+
+
+def test_the_recorded_scores_are_of_the_bundle_that_ships_and_pass_their_bar():
+    scores = json.loads((checkpoint.demo_folder() / "retrieval.json").read_text())
+    assert scores["bundle"] == bundles.load(bundles.demo()).sha256
+    assert scores["captions"] == 200
+    assert scores["top1"] >= 0.6
+    assert scores["top5"] >= 0.8
 
 
 def test_the_checkpoint_comes_with_its_card():
