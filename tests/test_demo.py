@@ -1,7 +1,7 @@
 """The demo family that ships: what it weighs, what travels with it, and that both forms are the same weights."""
 
-from functools import partial
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np

@@ -64,8 +64,8 @@ class TeacherConfig:
     # without this the contexts of "a red apple" and "a green apple" were 0.97 alike after 60 epochs.
     embedding_rate: float = 10.0
     snr_gamma: float = 5.0  # bound of the loss weight, see denoiser.loss_weights
-    # What the finished model is to be sampled with. The demo, top-1 of 200 training captions: 52.5 % at 1, 67.5 % at 1.5,
-    # 69.0 % at 2 and 3, 28.5 % at 7.5.
+    # What the finished model is to be sampled with. The demo, top-1 of 200 training captions: 52.5 % at 1, 67.5 % at
+    # 1.5, 69.0 % at 2 and 3, 28.5 % at 7.5.
     guidance_scale: float = 2.0
     vae: LoopConfig = field(
         default_factory=lambda: LoopConfig(
