@@ -292,5 +292,5 @@ def test_full_size_exports_within_its_memory(variant: str, tmp_path: Path) -> No
     assert result.returncode == 0, result.stdout + result.stderr
     [row] = json.loads(figures.read_text())["rows"]
     assert row["variant"] == variant
-    assert row["ratio"] < 2.2, result.stdout  # measured: 1.99 and 1.50, on 2 cores
+    assert row["ratio"] < 2.2, result.stdout  # measured: 1.90 and 1.50, on one core
     assert np.isfinite(row["seconds"])
