@@ -20,6 +20,7 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
+from bksdm_export.errors import ExportError
 from bksdm_export.graphs import OPSET, TIMESTEPS
 from bksdm_export.wrappers import WRAPPED, any_size
 from bksdm_runtime.bundle import Component
@@ -137,7 +138,10 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     per attention, 320 in SD v1.4's U-Net), and scales both Q and K.
     """
     if is_causal or enable_gqa or dropout_p:
-        raise NotImplementedError("attention with is_causal, enable_gqa or dropout is not translated")
+        raise ExportError(
+            "the model's attention is causal, grouped or has dropout, which this export does not write: "
+            "Stable Diffusion 1 and 2 have none of these"
+        )
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     # Q is scaled before the product, which would pass fp16's range sooner than its factors.
     constant: Any = op.Constant(value_float=factor)

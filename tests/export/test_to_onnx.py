@@ -14,6 +14,7 @@ import torch
 
 from bksdm.checkpoint import Checkpoint
 from bksdm_export import graphs, to_onnx
+from bksdm_export.errors import ExportError
 from bksdm_export.wrappers import wrap
 
 # Largest difference over largest value; measured below 3e-6 over all of this file.
@@ -264,3 +265,9 @@ def test_a_mask_of_booleans_was_added_as_if_it_were_numbers(mini_checkpoint: Che
     with torch.no_grad():
         expected = module(ids)
     assert difference(tmp_path / "model.onnx", {"input_ids": ids.numpy()}, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", [{"is_causal": True}, {"enable_gqa": True}, {"dropout_p": 0.1}])
+def test_attention_of_another_kind_is_refused_and_never_written_as_plain(kind: dict[str, object]) -> None:
+    with pytest.raises(ExportError, match="causal, grouped or has dropout"):
+        to_onnx._attention(None, None, None, **kind)
