@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor, nn
 
@@ -80,6 +81,13 @@ def trained(mini_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_teacher(MINI, mini_data, folder, torch.device("cpu"), dtype=torch.float32)
     torch.set_num_threads(before)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """accelerate keeps one state per process: a test that asks for another precision or device would be refused."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,13 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from bksdm_training import loop
 from bksdm_training.checkpointing import ResumeError, State, load_newest, save
 from bksdm_training.config import LoopConfig
+from bksdm_training.data import seeded
 from bksdm_training.loop import DivergedError
 
 CONFIG = LoopConfig(steps=12, batch_size=1, learning_rate=1e-2, warmup=2, checkpoint_every=4, ema_decay=0.9)
@@ -23,9 +25,10 @@ def _train(folder, *, die_at=None, config=CONFIG, width=4, **options):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
 
-    def loss_at(step, generator):
+    def loss_at(model, step, part):
         if step == die_at:
             raise KilledError
+        generator = seeded(0, step)
         x = torch.randn(8, 3, generator=generator)
         return {"mse": (module(x) - x.sum(1, keepdim=True)).square().mean()}
 
@@ -35,8 +38,8 @@ def _train(folder, *, die_at=None, config=CONFIG, width=4, **options):
         loss_at,
         config,
         folder,
-        device=torch.device("cpu"),
-        on_checkpoint=lambda step, module: None,
+        accelerator=Accelerator(cpu=True),
+        on_checkpoint=lambda *_: None,
         **options,
     )
 
@@ -57,13 +60,15 @@ def test_what_comes_back_is_the_average_of_the_weights(tmp_path):
     module = nn.Linear(1, 1, bias=False)
     seen = []
 
-    def loss_at(step, generator):
+    def loss_at(model, step, part):
         seen.append(module.weight.detach().clone())
         return {"mse": module.weight.square().sum()}
 
     config = LoopConfig(steps=5, batch_size=1, learning_rate=0.1, ema_decay=0.5, checkpoint_every=5)
     start = module.weight.detach().clone()
-    made = loop.run("toy", module, loss_at, config, tmp_path, device=torch.device("cpu"), on_checkpoint=lambda *_: None)
+    made = loop.run(
+        "toy", module, loss_at, config, tmp_path, accelerator=Accelerator(cpu=True), on_checkpoint=lambda *_: None
+    )
     state = load_newest(tmp_path)
     assert state is not None
     raw = [*seen[1:], state.groups["weights"]["weight"]]
@@ -84,10 +89,10 @@ def test_a_rate_speeds_up_the_parameters_it_names_and_no_others(tmp_path):
         made = loop.run(
             "toy",
             module,
-            lambda step, generator, module=module: {"sum": module(torch.arange(4)).sum()},
+            lambda model, step, part, module=module: {"sum": module(torch.arange(4)).sum()},
             config,
             tmp_path / str(rate),
-            device=torch.device("cpu"),
+            accelerator=Accelerator(cpu=True),
             on_checkpoint=lambda *_: None,
             rates={"0.weight": rate},
         )
@@ -160,7 +165,8 @@ def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stderr", terminal)
     _train(tmp_path)
     assert "12/12" in terminal.getvalue()
-    assert "images/s" not in terminal.getvalue()
+    assert "images/s=" in terminal.getvalue()
+    assert "step 4 of" not in terminal.getvalue()
 
 
 def test_state_of_another_model_is_refused(tmp_path):
@@ -175,9 +181,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         loop.run(
             "toy",
             module,
-            lambda step, generator: {"loss": module.weight.sum() * float("nan")},
+            lambda model, step, part: {"loss": module.weight.sum() * float("nan")},
             CONFIG,
             tmp_path,
-            device=torch.device("cpu"),
+            accelerator=Accelerator(cpu=True),
             on_checkpoint=lambda *_: None,
         )

@@ -11,16 +11,27 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 _STEP = re.compile(r"step-(\d{8})")
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _UNFINISHED = ".writing-"  # what is not whole yet, or not any more: swept by whoever looks next
 
 logger = logging.getLogger(__name__)
@@ -39,8 +50,9 @@ class State:
     facts: Mapping[str, object]
 
 
-def save(folder: Path, state: State, *, keep: int = 2) -> Path:
-    """Write `state` as `folder/step-XXXXXXXX`, then drop all but the newest `keep`."""
+def save(folder: Path, state: State, *, keep: int = 2, also: Callable[[Path], None] | None = None) -> Path:
+    """Write `state` as `folder/step-XXXXXXXX`, then drop all but the newest `keep`. also(staging) may write more files
+    into it."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{state.step:08d}"
     staging = Path(tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED))
@@ -49,6 +61,8 @@ def save(folder: Path, state: State, *, keep: int = 2) -> Path:
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, staging / f"{name}.safetensors")
         facts = {"step": state.step, "groups": sorted(state.groups), **state.facts}
         (staging / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
+        if also:
+            also(staging)
         if target.exists():
             _remove(target)
         staging.replace(target)
@@ -108,30 +122,68 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state as flat tensors, "<parameter index>.<name>"; its hyper-parameters stay in the config."""
-    flat: dict[str, Tensor] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            flat[f"{index}.{name}"] = torch.as_tensor(value)
-    return flat
+def module_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors by name, whole and on the CPU in the main process (elsewhere it may be empty), also of one
+    that is wrapped for data parallelism or sharded: every process must call it."""
+    whole = cast(dict[str, Tensor], get_model_state_dict(model, options=_WHOLE))
+    return {key: value.clone() for key, value in whole.items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took out."""
-    nested: dict[int, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        index, name = key.split(".", 1)
-        nested.setdefault(int(index), {})[name] = value.clone()  # load_state_dict keeps the tensor itself
-    whole = optimizer.state_dict()
-    whole["state"] = nested
-    optimizer.load_state_dict(whole)
-
-
-def restore_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load weights that must fit exactly. Raises ResumeError naming the first key that does not."""
-    check_fit(module.state_dict(), tensors)
+@contextmanager
+def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block the module carries these weights and is in eval mode."""
+    own, was_training = {key: value.clone() for key, value in module.state_dict().items()}, module.training
     module.load_state_dict(dict(tensors))
+    module.eval()
+    try:
+        yield
+    finally:
+        module.load_state_dict(own)
+        module.train(was_training)
+
+
+def restore_module(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `module_tensors` took out; only the main process need have it. Raises ResumeError naming the first
+    key that does not fit."""
+    if _is_main():
+        check_fit({plain_name(key): value for key, value in model.state_dict().items()}, tensors)
+    set_model_state_dict(model, dict(tensors), options=_from_main())
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as flat tensors, "<parameter>/<name>"; its hyper-parameters stay in the config. As
+    `module_tensors`, for every process to call."""
+    whole = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    state = cast(dict[str, dict[str, Tensor]], whole.get("state", {}))
+    return {
+        f"{parameter}/{name}": torch.as_tensor(value).clone()
+        for parameter, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took out; only the main process need have it."""
+    nested: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        parameter, name = key.rsplit("/", 1)
+        nested.setdefault(parameter, {})[name] = value.clone()  # the optimizer keeps the tensor itself
+    groups = get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("param_groups", [])
+    whole: dict[str, Any] = {"state": nested, "param_groups": groups} if _is_main() else {}
+    set_optimizer_state_dict(model, optimizer, whole, options=_from_main())
+
+
+def plain_name(key: str) -> str:
+    """A parameter's name without what a wrapper for data parallelism or compilation puts in front."""
+    return key.removeprefix("module.").replace("_orig_mod.", "")
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _from_main() -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
 
 
 def check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """One training loop. Learning rate: linear warm-up, constant, then linear to zero over the last `decay_share`
+    """One training loop. batch_size: pictures of one optimizer step, over all processes and accumulated parts.
+    Learning rate: linear warm-up, constant, then linear to zero over the last `decay_share`
     (warm-up - stable - decay, arXiv 2405.18392), so that a run can be prolonged by raising `steps` alone until it has
     begun to decay."""
 
@@ -17,11 +18,17 @@ class LoopConfig:
     warmup: int = 100
     decay_share: float = 0.25
     weight_decay: float = 1e-2
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
     clip: float = 1.0
     ema_decay: float = 0.999
     checkpoint_every: int = 250
+    keep: int = 2  # states on disk
     seed: int = 1234
-    bf16: bool = False
+    bf16: bool = False  # this loop alone; otherwise as accelerate is configured
+    accumulate: int = 1  # parts of a step
+    fused: bool = False  # AdamW as one kernel
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.checkpoint_every < 1:

@@ -4,17 +4,18 @@ The autoencoder is frozen and its moments are computed once; latents are sampled
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bksdm.checkpoint import Checkpoint
-from bksdm_training import loop
+from bksdm_training import checkpointing, loop
 from bksdm_training.charts import save_grid
 from bksdm_training.checkpointing import digest, restore_module
 from bksdm_training.config import TeacherConfig
@@ -86,7 +87,7 @@ def train_denoiser(
     tokenizer: CLIPTokenizer,
     config: TeacherConfig,
     folder: Path,
-    device: torch.device,
+    accelerator: Accelerator,
     shown: Sequence[str],
     begin: Checkpoint | None = None,
 ) -> Denoiser:
@@ -94,6 +95,7 @@ def train_denoiser(
 
     begin: weights to start from instead of random ones. Raises ResumeError when they are of another shape."""
     torch.manual_seed(config.unet.seed)
+    device = accelerator.device
     model = Denoiser(config, tokenizer).to(device)
     if begin is not None:
         restore_module(model.text_encoder, begin.text_encoder.state_dict())
@@ -105,7 +107,8 @@ def train_denoiser(
     alphas = cast(DDPMScheduler, DDPMScheduler.from_config(SCHEDULER_CONFIG)).alphas_cumprod
     weights = loss_weights(alphas, config.snr_gamma)
 
-    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss_at(called: nn.Module, step: int, _part: int) -> dict[str, Tensor]:
+        generator = seeded(config.unet.seed, step)
         rows = order.batch(step)
         ids = tokens.draw(rows, config.caption_dropout, generator)
         latents = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
@@ -113,12 +116,13 @@ def train_denoiser(
         timesteps = torch.randint(0, len(alphas), (len(rows),), generator=generator)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        eps = model(noisy.to(device), timesteps.to(device), ids.to(device))
+        eps = called(noisy.to(device), timesteps.to(device), ids.to(device))
         error = (eps.float() - noise.to(device)).square().mean((1, 2, 3))
         return {"weighted_noise_mse": (error * weights[timesteps].to(device)).mean()}
 
-    def on_checkpoint(step: int, _: nn.Module) -> None:
-        pictures = sample(model, vae, tokenizer, shown, device=device, guidance=config.guidance_scale)
+    def on_checkpoint(_step: int, average: Mapping[str, Tensor], _staging: Path) -> None:
+        with checkpointing.swapped(model, average):
+            pictures = sample(model, vae, tokenizer, shown, device=device, guidance=config.guidance_scale)
         save_grid(pictures, folder / "samples.png", columns=8, captions=shown)
 
     loop.run(
@@ -127,7 +131,7 @@ def train_denoiser(
         loss_at,
         config.unet,
         folder,
-        device=device,
+        accelerator=accelerator,
         on_checkpoint=on_checkpoint,
         made_on=made_on,
         rates={"token_embedding.weight": config.embedding_rate},

@@ -1,25 +1,34 @@
-"""The training loop that both stages of the teacher share: resumable, with EMA, progress and a loss log."""
+"""The training loop that all stages share: resumable, with EMA, progress and a loss log, on any number of processes.
+
+Processes, mixed precision and sharding are accelerate's; the loop asks no more of it than `prepare`, `backward` and
+`clip_grad_norm_`."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from bksdm_training import checkpointing
 from bksdm_training.checkpointing import ResumeError
 from bksdm_training.config import LoopConfig
-from bksdm_training.data import seeded
 
 logger = logging.getLogger(__name__)
-LossAt = Callable[[int, torch.Generator], Mapping[str, Tensor]]
+LossAt = Callable[[nn.Module, int, int], Mapping[str, Tensor]]
+# The scale of fp16 losses halves at each overflow; after this many in a row there is nothing left to halve.
+_MOST_OVERFLOWS = 50
 
 
 class DivergedError(Exception):
@@ -33,65 +42,103 @@ def run(
     config: LoopConfig,
     folder: Path,
     *,
-    device: torch.device,
-    on_checkpoint: Callable[[int, nn.Module], None],
+    accelerator: Accelerator,
+    on_checkpoint: Callable[[int, Mapping[str, Tensor], Path], None],
     made_on: str = "",
     rates: Mapping[str, float] | None = None,
     pictures_at: Callable[[int], int] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Train `module` and return it with the averaged (EMA) weights, in eval mode.
 
-    loss_at(step, generator) gives the terms of the loss of step 1..steps; their sum is minimised. All its draws come
-    from `generator`. A run that was killed goes on from its newest state in `folder`. `on_checkpoint(step, module)`
-    sees the averaged weights. made_on: what the run depends on (a hash); a state made on something else is refused.
-    rates: learning rate factor of the parameters whose name ends so; 1 for the others. pictures_at(step): how many
-    pictures a step sees, where that is not always the batch size. Progress on stderr: a bar on a terminal, elsewhere
-    a line at every checkpoint.
+    loss_at(model, step, part) gives the terms of the loss of one part (0..accumulate-1) of step 1..steps; their sum is
+    minimised, the mean over parts and processes. `model` is the module as it is to be called (data parallel, sharded).
+    Whatever it draws must follow from step and part alone: a run that was killed goes on from its newest state in
+    `folder`. on_checkpoint(step, average, staging) sees the averaged weights by name, whole and on the CPU, in the main
+    process, and may write into `staging`, the folder of that state. made_on: what the run depends on (a hash); a state
+    made on something else is refused. rates: learning rate factor of the parameters whose name ends so; 1 for the
+    others. pictures_at(step): how many pictures a step sees, where that is not always the batch size. on_step(step):
+    called in every process after a step, and may raise to end the run. Progress on stderr: a bar on a terminal,
+    elsewhere a line at every checkpoint.
     Raises DivergedError, checkpointing.ResumeError."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(module, rates or {}), lr=0.0, weight_decay=config.weight_decay)
-    average = {key: value.detach().clone() for key, value in module.state_dict().items()}
+    optimizer = torch.optim.AdamW(
+        _groups(module, rates or {}),
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        fused=config.fused or None,  # not False, which would also forbid foreach
+    )
     facts: dict[str, object] = {"stage": name, "made_on": made_on}
-    done, earlier = _resume(folder, module, optimizer, average, facts)
+    model, prepared = accelerator.prepare(module, optimizer)
+    average = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    done, earlier = _resume(folder, model, prepared.optimizer, average, facts, accelerator)
     if done > config.steps:
         raise ResumeError(f"{folder} is at step {done} already: ask for that many or more, or choose another --output")
-    first, started = done + 1, time.monotonic()
-    module.train()
+    first, started, overflows = done + 1, time.monotonic(), 0
+    model.train()
     with (
-        _Log(folder / "log.jsonl", first) as log,
-        _Progress(name, done, config, pictures_at) as progress,
+        _Log(folder / "log.jsonl", first, written=accelerator.is_main_process) as log,
+        _Progress(name, done, config, pictures_at, shown=accelerator.is_main_process) as progress,
     ):
         for step in range(first, config.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step) * group["rate"]
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                terms = loss_at(step, seeded(config.seed, step))
-            loss = torch.stack(list(terms.values())).sum()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(trainable, config.clip)
-            if not torch.isfinite(norm):
-                raise DivergedError(f"{name}: the gradient is {norm.item()} at step {step}: lower the learning rate")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            _average(average, module, min(config.ema_decay, (1 + step) / (10 + step)))
+            terms = _gradients(model, loss_at, step, config, accelerator)
+            norm = float(cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), config.clip)))
+            overflows = 0 if math.isfinite(norm) else overflows + 1
+            if overflows > (_MOST_OVERFLOWS if accelerator.scaler else 0):
+                raise DivergedError(f"{name}: the gradient is {norm} at step {step}: lower the learning rate")
+            prepared.step()
+            prepared.zero_grad(set_to_none=True)
+            _average(average, model, min(config.ema_decay, (1 + step) / (10 + step)))
             figures = {key: value.item() for key, value in terms.items()}
             log.write(step, figures)
+            accelerator.log({**figures, "gradient_norm": norm, "learning_rate": config.learning_rate_at(step)}, step)
             progress.stepped(step, figures)
+            if on_step:
+                on_step(step)
             if step % config.checkpoint_every == 0 or step == config.steps:
-                groups = {
-                    "weights": module.state_dict(),
-                    "ema": average,
-                    "optimizer": checkpointing.optimizer_tensors(optimizer),
-                }
-                checkpointing.save(
+                seconds = earlier + time.monotonic() - started
+                _save(
                     folder,
-                    checkpointing.State(step, groups, {**facts, "seconds": earlier + time.monotonic() - started}),
+                    step,
+                    model,
+                    prepared.optimizer,
+                    average,
+                    {**facts, "seconds": seconds},
+                    accelerator,
+                    on_checkpoint,
+                    config.keep,
                 )
-                with _Swapped(module, average):
-                    on_checkpoint(step, module)
                 progress.saved(step, figures)
-    module.load_state_dict(average)
+    model.load_state_dict(average)
     return module.eval()
+
+
+def _gradients(
+    model: nn.Module, loss_at: LossAt, step: int, config: LoopConfig, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """One step's backward passes; the terms of its loss, the mean over parts and processes."""
+    totals: dict[str, Tensor] = {}
+    for part in range(config.accumulate):
+        is_last = part == config.accumulate - 1  # gradients travel once, with the last part
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            with _precision(config, accelerator):
+                terms = loss_at(model, step, part)
+            accelerator.backward(torch.stack(list(terms.values())).sum() / config.accumulate)
+        for key, value in terms.items():
+            totals[key] = totals.get(key, 0) + value.detach().float() / config.accumulate
+    names = sorted(totals)
+    mean: Tensor = accelerator.reduce(torch.stack([totals[key] for key in names]), "mean")  # type: ignore[assignment]
+    by_name = dict(zip(names, mean.cpu(), strict=True))
+    return {key: by_name[key] for key in totals}
+
+
+def _precision(config: LoopConfig, accelerator: Accelerator) -> Any:
+    if config.bf16:
+        return torch.autocast(accelerator.device.type, torch.bfloat16)
+    return accelerator.autocast()
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -110,17 +157,72 @@ def _groups(module: nn.Module, rates: Mapping[str, float]) -> list[dict[str, obj
     return [{"params": own, "rate": rates.get(end, 1.0)} for end, own in groups.items() if own]
 
 
+def _save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Mapping[str, Tensor],
+    facts: Mapping[str, object],
+    accelerator: Accelerator,
+    on_checkpoint: Callable[[int, Mapping[str, Tensor], Path], None],
+    keep: int,
+) -> None:
+    """Write a state from the main process; the others help to gather it."""
+    weights = checkpointing.module_tensors(model)
+    moments = checkpointing.optimizer_tensors(model, optimizer)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(average)
+    averaged = checkpointing.module_tensors(model)
+    model.load_state_dict(own)
+    if accelerator.is_main_process:
+        if accelerator.scaler is not None:
+            facts = {**facts, "scaler": accelerator.scaler.state_dict()}
+        state = checkpointing.State(step, {"weights": weights, "ema": averaged, "optimizer": moments}, facts)
+        checkpointing.save(folder, state, keep=keep, also=lambda staging: on_checkpoint(step, averaged, staging))
+    accelerator.wait_for_everyone()
+
+
 def _resume(
     folder: Path,
-    module: nn.Module,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor],
     facts: Mapping[str, object],
+    accelerator: Accelerator,
 ) -> tuple[int, float]:
-    """Put the newest state back; its step (0: there is none) and the seconds that the run has taken until then."""
-    state = checkpointing.load_newest(folder)
-    if state is None:
+    """Put the newest state back; its step (0: there is none) and the seconds that the run has taken until then.
+
+    The main process reads it, and the others get it from there: the folder need not be shared."""
+    found: list[Any] = [None]
+    state = None
+    if accelerator.is_main_process:
+        try:
+            state = checkpointing.load_newest(folder)
+            if state is not None:
+                _check(folder, state, model, facts)
+                found = [(state.step, dict(state.facts))]
+        except ResumeError as error:
+            found = [str(error)]  # every process must end, not wait for this one
+    broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise ResumeError(found[0])
+    if found[0] is None:
         return 0, 0.0
+    step, known = found[0]
+    groups = state.groups if state else {"weights": {}, "ema": {}, "optimizer": {}}
+    checkpointing.restore_module(model, groups["ema"])
+    for key, value in model.state_dict().items():
+        average[key].copy_(value)
+    checkpointing.restore_module(model, groups["weights"])
+    checkpointing.restore_optimizer(model, optimizer, groups["optimizer"])
+    if accelerator.scaler is not None and "scaler" in known:
+        accelerator.scaler.load_state_dict(known["scaler"])
+    logger.info("resumed at step %d from %s", step, folder)
+    return step, float(str(known.get("seconds", 0)))
+
+
+def _check(folder: Path, state: checkpointing.State, model: nn.Module, facts: Mapping[str, object]) -> None:
     for key, value in facts.items():
         if state.facts.get(key) != value:
             raise ResumeError(
@@ -130,13 +232,9 @@ def _resume(
     missing = [group for group in ("weights", "ema", "optimizer") if group not in state.groups]
     if missing:
         raise ResumeError(f"{folder}, step {state.step}: the state has no {missing[0]}, so this loop did not write it")
-    checkpointing.restore_module(module, state.groups["weights"])
-    checkpointing.check_fit(average, state.groups["ema"])
-    checkpointing.restore_optimizer(optimizer, state.groups["optimizer"])
-    for key, value in state.groups["ema"].items():
-        average[key].copy_(value)
-    logger.info("resumed at step %d from %s", state.step, folder)
-    return state.step, float(str(state.facts.get("seconds", 0)))
+    own = {checkpointing.plain_name(key): value for key, value in model.state_dict().items()}
+    checkpointing.check_fit(own, state.groups["weights"])
+    checkpointing.check_fit(own, state.groups["ema"])
 
 
 @torch.no_grad()
@@ -148,42 +246,44 @@ def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> Non
             average[key].copy_(value)
 
 
-class _Swapped:
-    """Within the block the module carries the averaged weights and is in eval mode."""
-
-    def __init__(self, module: nn.Module, average: dict[str, Tensor]) -> None:
-        self.module, self.average = module, average
-
-    def __enter__(self) -> None:
-        self.own = {key: value.clone() for key, value in self.module.state_dict().items()}
-        self.module.load_state_dict(self.average)
-        self.module.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.module.load_state_dict(self.own)
-        self.module.train()
-
-
 class _Progress:
     """A bar on stderr where that is a terminal; elsewhere a line a checkpoint, for a log keeps every state of a bar."""
 
     def __init__(
-        self, name: str, done: int, config: LoopConfig, pictures_at: Callable[[int], int] | None = None
+        self,
+        name: str,
+        done: int,
+        config: LoopConfig,
+        pictures_at: Callable[[int], int] | None = None,
+        *,
+        shown: bool = True,
     ) -> None:
         self.name, self.done, self.config = name, done, config
         self.pictures_at = pictures_at or (lambda step: config.batch_size)
         self.pictures, self.started, self.since = 0, time.monotonic(), time.monotonic()
-        self.bar = tqdm(total=config.steps, initial=done, desc=name, unit="step", dynamic_ncols=True, disable=None)
+        self.shown = shown
+        self.bar = tqdm(
+            total=config.steps,
+            initial=done,
+            desc=name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if shown else True,  # None: off where stderr is no terminal
+        )
 
     def stepped(self, step: int, figures: Mapping[str, float]) -> None:
         self.pictures += self.pictures_at(step)
-        self.bar.set_postfix({key: f"{value:.4f}" for key, value in figures.items()}, refresh=False)
+        shown = _summed(figures)
+        rate = self.pictures / (time.monotonic() - self.since)
+        self.bar.set_postfix(
+            {**{key: f"{value:.4f}" for key, value in shown.items()}, "images/s": f"{rate:.1f}"}, refresh=False
+        )
         self.bar.update()
 
     def saved(self, step: int, figures: Mapping[str, float]) -> None:
         now = time.monotonic()
-        if self.bar.disable:
-            losses = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
+        if self.bar.disable and self.shown:
+            losses = ", ".join(f"{key} {value:.4f}" for key, value in _summed(figures).items())
             rate = self.pictures / (now - self.since)  # since the line before, checkpoint and samples included
             left = tqdm.format_interval((now - self.started) / (step - self.done) * (self.config.steps - step))
             line = f"{self.name}: step {step:,} of {self.config.steps:,}, {losses}, {rate:.1f} images/s, {left} left"
@@ -197,10 +297,22 @@ class _Progress:
         self.bar.close()
 
 
+def _summed(figures: Mapping[str, float]) -> dict[str, float]:
+    """Terms that are numbered ("feature_0", "feature_1") as one sum: a line has room for no more."""
+    sums: dict[str, float] = {}
+    for key, value in figures.items():
+        name = key.rstrip("0123456789").rstrip("_")
+        sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
 class _Log:
     """Append-only loss log; steps after the resumed state are dropped, since they are trained again."""
 
-    def __init__(self, path: Path, first: int) -> None:
+    def __init__(self, path: Path, first: int, *, written: bool = True) -> None:
+        self.file = None
+        if not written:  # the main process writes it
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_log(path.parent) if row["step"] < first]
         staging = path.with_name(f".{path.name}")
@@ -209,10 +321,13 @@ class _Log:
         self.file = path.open("a", buffering=1)  # a line at a time: what a kill can cut off is one line
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in figures.items()}}) + "\n")
+        if self.file:
+            # 7 digits, not decimals: a feature term can be a millionth
+            self.file.write(json.dumps({"step": step, **{k: float(f"{v:.7g}") for k, v in figures.items()}}) + "\n")
 
     def __enter__(self) -> _Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()

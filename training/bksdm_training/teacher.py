@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
@@ -49,10 +50,11 @@ def train_teacher(
     start = None if begin is None else _weights(begin)
     _same_run(config, {"data": about, "files": files, "init": start}, output)
     tokenizer = checkpoint.tokenizer()
+    accelerator = Accelerator(cpu=device.type == "cpu")
 
-    vae = move(begin.vae, device) if begin else train_vae(pictures, config, output / "vae", device)
+    vae = move(begin.vae, device) if begin else train_vae(pictures, config, output / "vae", accelerator)
     shown = _spread([texts[0] for texts in pictures.captions], SHOWN)
-    model = train_denoiser(pictures, vae, tokenizer, config, output / "unet", device, shown, begin)
+    model = train_denoiser(pictures, vae, tokenizer, config, output / "unet", accelerator, shown, begin)
 
     folder = output / "checkpoint"
     checkpoint.save(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import cast
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import FloatTensor, Tensor, nn
 
-from bksdm_training import loop
+from bksdm_training import checkpointing, loop
 from bksdm_training.charts import save_grid
 from bksdm_training.config import TeacherConfig
-from bksdm_training.data import Order, Pictures, to_model_range
+from bksdm_training.data import Order, Pictures, seeded, to_model_range
 from bksdm_training.perceptual import Lpips
 
 
@@ -49,9 +51,10 @@ def move(vae: AutoencoderKL, device: torch.device) -> AutoencoderKL:
     return cast(AutoencoderKL, nn.Module.to(vae, device))
 
 
-def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, device: torch.device) -> AutoencoderKL:
+def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, accelerator: Accelerator) -> AutoencoderKL:
     """Train (or go on training) the autoencoder; its scaling factor is set to 1 / std of the latents it gives."""
     torch.manual_seed(config.vae.seed)
+    device = accelerator.device
     vae = build_vae(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     # At its first use: a finished autoencoder is only loaded, and LPIPS comes from a package registry.
     lpips = cache(lambda: Lpips().to(device))
@@ -60,7 +63,8 @@ def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, device: t
     whole_batch = max(1, config.vae.batch_size * config.crop**2 // config.size**2)
     order = Order(len(pictures), config.vae.batch_size, config.vae.seed)
 
-    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss_at(_model: nn.Module, step: int, _part: int) -> dict[str, Tensor]:
+        generator = seeded(config.vae.seed, step)
         pixels = pictures.pixels[order.batch(step)]
         pixels = random_crop(pixels, config.crop, generator) if step <= whole_from else pixels[:whole_batch]
         x = to_model_range(pixels).to(device, memory_format=torch.channels_last)
@@ -75,8 +79,8 @@ def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, device: t
 
     shown = to_model_range(pictures.pixels[:: max(1, len(pictures) // 8)][:8])
 
-    def on_checkpoint(step: int, _: nn.Module) -> None:
-        with torch.no_grad():
+    def on_checkpoint(_step: int, average: Mapping[str, Tensor], _staging: Path) -> None:
+        with torch.no_grad(), checkpointing.swapped(vae, average):
             rebuilt = decode(vae, encode(vae, shown.to(device)).mode()).cpu()
         save_grid(torch.cat([shown, rebuilt]), folder / "samples.png", columns=len(shown))
 
@@ -86,7 +90,7 @@ def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, device: t
         loss_at,
         config.vae,
         folder,
-        device=device,
+        accelerator=accelerator,
         on_checkpoint=on_checkpoint,
         pictures_at=lambda step: config.vae.batch_size if step <= whole_from else whole_batch,
     )
