@@ -13,9 +13,9 @@ from diffusers import UNet2DConditionModel
 
 from bksdm.errors import IncompatibleTeacher
 from bksdm.unet import build_unet, unet_config
-from bksdm.variants import Removal
+from bksdm.variants import Removal, Variant
 
-__all__ = ["Block", "IncompatibleTeacher", "blocks", "compress", "weight_map"]
+__all__ = ["Block", "IncompatibleTeacher", "blocks", "compress", "student_name", "weight_map"]
 
 _UP_KEY = re.compile(r"up_blocks\.(\d+)\.(.+)")
 _UP_LAYER = re.compile(r"(resnets|attentions)\.(\d+)\.(.+)")
@@ -64,6 +64,18 @@ def compress(teacher: UNet2DConditionModel, removal: Removal) -> UNet2DCondition
     )
     student.load_state_dict({key: tensors[name].detach().clone() for key, name in names.items()}, assign=True)
     return student
+
+
+def student_name(row: Variant, teacher_config: Mapping[str, Any]) -> str:
+    """What the student of a v1 or v2 teacher is called under `row`'s rule. Raises IncompatibleTeacher for a v2 row and
+    a teacher that is none."""
+    is_v2 = bool(teacher_config.get("use_linear_projection"))
+    if row.family == "v2" and not is_v2:
+        raise IncompatibleTeacher(
+            f"{row.name} is cut from a Stable Diffusion 2 teacher, and this is none: "
+            f"use --variant {row.name.removeprefix('v2-')}"
+        )
+    return f"v2-{row.name}" if is_v2 and row.family == "v1" else row.name
 
 
 def blocks(teacher_config: Mapping[str, Any], removal: Removal) -> tuple[Block, ...]:

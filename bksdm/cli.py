@@ -93,21 +93,15 @@ def _compress(row: Variant, whole: Checkpoint, output: Path, dtype: str) -> None
 
     from bksdm import block_removal, checkpoint
 
-    is_v2 = bool(whole.unet.config["use_linear_projection"])
-    if row.name.startswith("v2-") and not is_v2:
-        raise IncompatibleTeacher(
-            f"{row.name} is cut from a Stable Diffusion 2 teacher, and {whole.source} is none: "
-            f"use --variant {row.name.removeprefix('v2-')}"
-        )
+    name = block_removal.student_name(row, whole.unet.config)
     _say(f"removing blocks as in {row.name} ...")
     blocks = block_removal.blocks(whole.unet.config, row.removal)
     unet = block_removal.compress(whole.unet, row.removal)
-    same_rule = f"v2-{row.name}" if is_v2 and not row.name.startswith("v2-") else row.name
     # Paragraph 4 of the OpenRAIL licences: say prominently that the files were changed.
     changed = f"Changed: U-Net blocks were removed, as in {row.name}, from {whole.source}."
     student = replace(
         whole,
-        variant=checkpoint.variant_of(unet, claimed=same_rule),
+        variant=checkpoint.variant_of(unet, claimed=name),
         source=f"{whole.source}, blocks removed as in {row.name}",
         unet=unet,
         licence=replace(whole.licence, notice=f"{changed}\n\n{whole.licence.notice}"),

@@ -93,7 +93,7 @@ def fetch(name: str) -> Path:
     Raises PackageError when the client is missing, the download fails or the hash differs."""
     package = PACKAGES[name]
     path = cache_folder() / "packages" / package.file
-    if path.is_file() and _sha256(path) == package.sha256:
+    if path.is_file() and sha256(path) == package.sha256:
         return path
     with leftovers.scratch(path.parent, ".fetch-") as folder:
         _run_client(package, folder)
@@ -101,7 +101,7 @@ def fetch(name: str) -> Path:
         if not got.is_file():
             found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
             raise PackageError(f"{name} {package.version}: expected {package.file}, the client left {found}")
-        digest = _sha256(got)
+        digest = sha256(got)
         if digest != package.sha256:
             raise PackageError(
                 f"{package.file} has sha256 {digest}, expected {package.sha256}: "
@@ -128,7 +128,8 @@ def _run_client(package: Package, folder: Path) -> None:
         raise PackageError(f"{spec} could not be fetched with {Path(command[0]).name}: {last}")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _slow_sha256(path)
 

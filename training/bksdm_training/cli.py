@@ -1,15 +1,30 @@
-"""bksdm-train: the demo data and its teacher."""
+"""bksdm-train: distilling students, and the demo data and its teacher."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from bksdm.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from bksdm.checkpoint import Checkpoint
+    from bksdm.variants import Variant
+
 EXTRA = "training"
+STUDENTS = tuple(name for name, row in VARIANTS.items() if row.teacher and not name.endswith("-2m"))
+TEACHERS = tuple(name for name, row in VARIANTS.items() if not row.teacher)
+V2_BATCH = 128  # of the published v2 run; v1: DistillConfig's own
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -67,12 +82,7 @@ def teacher(
     """Train the demo teacher from scratch; run again after a kill to go on."""
     import torch
 
-    from bksdm.errors import CheckpointError
-    from bksdm.packages import PackageError
-    from bksdm_training.checkpointing import ResumeError
     from bksdm_training.config import PRESETS, with_changes
-    from bksdm_training.data import DataError
-    from bksdm_training.loop import DivergedError
     from bksdm_training.teacher import train_teacher
 
     if threads:
@@ -81,13 +91,225 @@ def teacher(
     if kind == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("--preset cuda needs a CUDA device and torch sees none: use --preset cpu")
     config = with_changes(PRESETS[kind], vae_steps, unet_steps, batch_size)
-    try:
+    with _errors_said():
         made = train_teacher(config, folder, output, torch.device(kind), init=init)
-    except (DataError, ResumeError, DivergedError, PackageError, CheckpointError, OSError) as error:
+    click.echo(made)
+
+
+def _of_the_teacher(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say which model the teacher is, and where it runs."""
+    options = (
+        click.option(
+            "--teacher",
+            metavar="CHECKPOINT",
+            help="A diffusers folder, a .safetensors file, demo, or random.  [default: its own, from the Hub]",
+        ),
+        click.option(
+            "--teacher-variant",
+            type=click.Choice(TEACHERS),
+            help="What the teacher is, where a single file does not say it.",
+        ),
+        click.option("--revision", help="Commit, branch or tag on the Hub."),
+        click.option("--allow-pickle", is_flag=True, help="Also read .bin and .ckpt files, as plain tensors only."),
+        click.option("--cpu", is_flag=True, help="Not on the GPU."),
+        click.option("--threads", type=click.IntRange(1), help="CPU threads."),
+        click.option(
+            "--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read data."
+        ),
+        click.option(
+            "--skip-limit",
+            type=click.FloatRange(0, 1),
+            default=0.01,
+            show_default=True,
+            help="Share of unusable examples that is skipped rather than an error.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@commands.command(context_settings={"show_default": True})
+@click.option("--variant", type=click.Choice(STUDENTS), required=True, help="What to remove: the student's name.")
+@click.option(
+    "--data",
+    "folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A folder with metadata.csv or .jsonl, tar shards, parquet files, or a cache from bksdm-train cache.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@_of_the_teacher
+@click.option("--steps", type=click.IntRange(1), default=50_000)
+@click.option("--batch-size", type=click.IntRange(1), help="Pictures a step, all processes.  [default: 256; v2: 128]")
+@click.option("--micro-batch", type=click.IntRange(1), help="Pictures a process takes at once; the rest accumulates.")
+@click.option("--size", type=click.IntRange(64), help="Pixels, square.  [default: the teacher's]")
+@click.option(
+    "--start", type=click.Choice(["teacher", "random"]), default="teacher", help="The student's first weights."
+)
+@click.option("--learning-rate", type=float, default=5e-5)
+@click.option("--warmup", type=click.IntRange(0), default=0, help="Steps of rising learning rate.")
+@click.option(
+    "--decay-share", type=click.FloatRange(0, 1), default=0.0, help="Share of steps, the last ones, of falling."
+)
+@click.option("--weight-decay", type=float, default=1e-2)
+@click.option("--clip", type=float, default=1.0, help="Norm of the gradient.")
+@click.option("--ema-decay", type=click.FloatRange(0, 1, max_open=True), default=0.9999)
+@click.option("--task-weight", type=click.FloatRange(0), default=1.0, help="Of the noise itself.")
+@click.option("--output-weight", type=click.FloatRange(0), default=1.0, help="Of the teacher's prediction.")
+@click.option("--feature-weight", type=click.FloatRange(0), default=1.0, help="Of the teacher's features.")
+@click.option("--snr-gamma", type=float, help="Weigh timesteps by min(SNR + 1, gamma) / SNR.  [default: all alike]")
+@click.option("--flip/--no-flip", default=True, help="Mirror half of the pictures.")
+@click.option("--caption-dropout", type=click.FloatRange(0, 1), default=0.0)
+@click.option("--seed", type=click.IntRange(0), default=1234)
+@click.option(
+    "--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), help="[default: as accelerate is configured]"
+)
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory for a third more computing.")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile of the repeated blocks.")
+@click.option("--checkpoint-every", type=click.IntRange(1), default=5000, help="Steps.")
+@click.option("--keep", type=click.IntRange(1), default=2, help="States on disk.")
+@click.option("--shown", type=click.IntRange(0, 8), default=4, help="Captions drawn at each checkpoint.")
+def distill(variant: str, folder: Path, output: Path, batch_size: int | None, size: int | None, **options: Any) -> None:
+    """Distil a compressed student; run again after a kill to go on.
+
+    The student is what block removal leaves of the teacher; it learns from pictures, from the teacher's predictions
+    and from its features, as BK-SDM did (arXiv 2305.15798). OUTPUT/checkpoint is a diffusers checkpoint for
+    bksdm-export --weights. On several GPUs: accelerate launch -m bksdm_training distill ...
+    """
+    from bksdm_training.config import DistillConfig, LoopConfig
+    from bksdm_training.distill import distill as run
+    from bksdm_training.losses import LossWeights
+    from bksdm_training.material import open_material
+
+    row = VARIANTS[variant]
+    with _errors_said():
+        accelerator = _accelerator(options["cpu"], options["mixed_precision"], output)
+        teacher = _teacher(row, options)
+        try:
+            config = DistillConfig(
+                size=size or teacher.image_size,
+                loop=LoopConfig(
+                    batch_size=batch_size or (V2_BATCH if row.family == "v2" else 256),
+                    fused=True,
+                    **_named(
+                        options,
+                        "steps learning_rate warmup decay_share weight_decay clip ema_decay seed checkpoint_every keep",
+                    ),
+                ),
+                weights=LossWeights(
+                    task=options["task_weight"],
+                    output=options["output_weight"],
+                    feature=options["feature_weight"],
+                    snr_gamma=options["snr_gamma"],
+                ),
+                **_named(
+                    options,
+                    "start flip caption_dropout micro_batch gradient_checkpointing compiled workers skip_limit shown",
+                ),
+            )
+            config.parts(accelerator.num_processes)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        material = open_material(folder, teacher, config, index=output / "index.json")
+        made = run(config, teacher, row, material, output, accelerator)
+    if accelerator.is_main_process:
+        click.echo(made)
+
+
+@commands.command(context_settings={"show_default": True})
+@click.option(
+    "--data", "folder", type=click.Path(path_type=Path), required=True, help="Pictures, as distill takes them."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the cache.")
+@click.option("--variant", type=click.Choice(STUDENTS), default="small", help="Of whose teacher, where none is named.")
+@_of_the_teacher
+@click.option("--size", type=click.IntRange(64), help="Pixels, square.  [default: the teacher's]")
+@click.option("--dtype", type=click.Choice(["fp16", "fp32"]), default="fp16", help="Of what is stored.")
+@click.option("--flip/--no-flip", default=True, help="Mirrored pictures too.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, help="Pictures encoded at once.")
+@click.option("--shard-size", type=click.IntRange(1), default=1024, help="Pictures a file.")
+def cache(folder: Path, output: Path, variant: str, size: int | None, **options: Any) -> None:
+    """Compute once what the frozen encoders give, so that distilling needs neither; run again after a kill to go on."""
+    from bksdm_training.cache import build
+    from bksdm_training.sources import open_source
+
+    with _errors_said():
+        accelerator = _accelerator(options["cpu"], "no", None)
+        teacher = _teacher(VARIANTS[variant], options)
+        size = size or teacher.image_size
+        if size % 8:
+            raise click.BadParameter(f"{size} is no multiple of 8", param_hint="--size")
+        source = open_source(folder, index=output / "index.json")
+        build(
+            teacher,
+            source,
+            output,
+            accelerator,
+            size=size,
+            **_named(options, "flip dtype batch_size shard_size workers skip_limit"),
+        )
+    if accelerator.is_main_process:
+        click.echo(output)
+
+
+def _named(options: dict[str, Any], names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names.split()}
+
+
+def _accelerator(cpu: bool, mixed_precision: str | None, output: Path | None) -> Accelerator:
+    from accelerate import Accelerator
+
+    trackers = {}
+    if output is not None and find_spec("tensorboard"):
+        trackers = {"log_with": "tensorboard", "project_dir": output}
+    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **trackers)
+
+
+def _teacher(row: Variant, options: dict[str, Any]) -> Checkpoint:
+    import torch
+
+    from bksdm import checkpoint
+
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    weights, said = options["teacher"], options["teacher_variant"]
+    if weights in TEACHERS and not Path(weights).exists():
+        weights, said = None, weights
+    if weights in (None, "random"):
+        said = said or row.teacher
+    return checkpoint.load(weights, variant=said, revision=options["revision"], allow_pickle=options["allow_pickle"])
+
+
+@contextmanager
+def _errors_said() -> Iterator[None]:
+    """A user's mistake, or the machine's limits, as one sentence."""
+    import torch
+
+    from bksdm.errors import CheckpointError, IncompatibleTeacher, VariantError
+    from bksdm.packages import PackageError
+    from bksdm_training.checkpointing import ResumeError
+    from bksdm_training.data import DataError
+    from bksdm_training.loop import DivergedError
+
+    known = (
+        DataError,
+        ResumeError,
+        DivergedError,
+        PackageError,
+        CheckpointError,
+        IncompatibleTeacher,
+        VariantError,
+        OSError,
+    )
+    try:
+        yield
+    except known as error:
         raise click.ClickException(str(error)) from error
     except torch.OutOfMemoryError as error:
-        raise click.ClickException("the GPU is out of memory: free it or take --preset cpu") from error
-    click.echo(made)
+        raise click.ClickException(
+            "the GPU is out of memory: take fewer pictures at once, or another device"
+        ) from error
 
 
 def _choices(option: str, given: str, valid: tuple[str, ...]) -> tuple[str, ...]:

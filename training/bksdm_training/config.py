@@ -1,8 +1,10 @@
-"""What a demo teacher is and how it is trained: frozen settings, validated once, with presets per machine."""
+"""How a student is distilled, and what a demo teacher is and how it is trained: frozen settings, validated once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+
+from bksdm_training.losses import LossWeights
 
 
 @dataclass(frozen=True)
@@ -112,3 +114,54 @@ def with_changes(
     if batch_size is not None:
         config = replace(config, unet=replace(config.unet, batch_size=batch_size))
     return config
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """One distillation. The defaults are those of BK-SDM's published run (its repository; paper, section 4.1).
+
+    size: px, square. start: "teacher" copies the weights that block removal keeps, "random" draws new ones.
+    micro_batch: pictures that one process takes at a time; None takes its whole share of a step. compiled: repeated
+    blocks of both U-Nets through torch.compile. skip_limit: share of unusable examples that is borne."""
+
+    size: int = 512
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(
+            steps=50_000,
+            batch_size=256,
+            learning_rate=5e-5,
+            warmup=0,
+            decay_share=0.0,
+            ema_decay=0.9999,
+            checkpoint_every=5000,
+        )
+    )
+    weights: LossWeights = field(default_factory=LossWeights)
+    start: str = "teacher"
+    flip: bool = True
+    caption_dropout: float = 0.0
+    micro_batch: int | None = None
+    gradient_checkpointing: bool = False
+    compiled: bool = False
+    workers: int = 0
+    skip_limit: float = 0.01
+    shown: int = 4  # pictures in the grid of a checkpoint; 0 draws none
+
+    def __post_init__(self) -> None:
+        if self.size < 64 or self.size % 8:
+            raise ValueError(f"size must be a multiple of 8 px, 64 or more, not {self.size}")
+        if self.start not in ("teacher", "random"):
+            raise ValueError(f"start is teacher or random, not {self.start!r}")
+        if not 0 <= self.caption_dropout <= 1 or not 0 <= self.skip_limit <= 1:
+            raise ValueError("caption_dropout and skip_limit are shares, 0 to 1")
+
+    def parts(self, processes: int) -> int:
+        """How often each process accumulates before a step. Raises ValueError when the batch cannot be dealt out."""
+        batch = self.loop.batch_size
+        micro = self.micro_batch or max(1, batch // processes)
+        if batch % (micro * processes):
+            raise ValueError(
+                f"a batch of {batch} cannot be dealt out to {processes} process(es) in parts of {micro}: "
+                f"take a batch size that is a multiple of {micro * processes}"
+            )
+        return batch // (micro * processes)

@@ -273,7 +273,7 @@ class _Progress:
 
     def stepped(self, step: int, figures: Mapping[str, float]) -> None:
         self.pictures += self.pictures_at(step)
-        shown = _summed(figures)
+        shown = summed(figures)
         rate = self.pictures / (time.monotonic() - self.since)
         self.bar.set_postfix(
             {**{key: f"{value:.4f}" for key, value in shown.items()}, "images/s": f"{rate:.1f}"}, refresh=False
@@ -283,7 +283,7 @@ class _Progress:
     def saved(self, step: int, figures: Mapping[str, float]) -> None:
         now = time.monotonic()
         if self.bar.disable and self.shown:
-            losses = ", ".join(f"{key} {value:.4f}" for key, value in _summed(figures).items())
+            losses = ", ".join(f"{key} {value:.4f}" for key, value in summed(figures).items())
             rate = self.pictures / (now - self.since)  # since the line before, checkpoint and samples included
             left = tqdm.format_interval((now - self.started) / (step - self.done) * (self.config.steps - step))
             line = f"{self.name}: step {step:,} of {self.config.steps:,}, {losses}, {rate:.1f} images/s, {left} left"
@@ -297,7 +297,7 @@ class _Progress:
         self.bar.close()
 
 
-def _summed(figures: Mapping[str, float]) -> dict[str, float]:
+def summed(figures: Mapping[str, float]) -> dict[str, float]:
     """Terms that are numbered ("feature_0", "feature_1") as one sum: a line has room for no more."""
     sums: dict[str, float] = {}
     for key, value in figures.items():

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,9 +16,8 @@ from transformers import CLIPTokenizer
 from bksdm import checkpoint, image_folder, licence
 from bksdm.checkpoint import Checkpoint
 from bksdm.licence import Licence
-from bksdm_training import checkpointing, loop
+from bksdm_training import checkpointing, loop, records
 from bksdm_training.charts import save_curve, save_grid
-from bksdm_training.checkpointing import ResumeError
 from bksdm_training.config import TeacherConfig
 from bksdm_training.data import DataError, Pictures, read_folder
 from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, sample, train_denoiser
@@ -85,11 +82,9 @@ def train_teacher(
         "vae_psnr_db": {"train": psnr(vae, pictures, device), "unseen": psnr(vae, unseen, device)},
         "scaling_factor": vae.config["scaling_factor"],
         "seconds": {stage: _seconds(output / stage) for stage in ("vae", "unet")},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
+        **records.machine(device, "transformers", "numpy"),
     }
-    _write_json(output / "training.json", facts)
+    records.write_json(output / "training.json", facts)
     return folder
 
 
@@ -155,34 +150,16 @@ def _weights(begin: Checkpoint) -> dict[str, object]:
 
 def _same_run(config: TeacherConfig, made_on: Mapping[str, object], output: Path) -> None:
     """Refuse to go on with other settings, pictures or starting weights. Raises ResumeError."""
-    path = output / "config.json"
     settings = asdict(config)
     for stage in ("vae", "unet"):
         del settings[stage]["steps"]  # a run may be prolonged
-    now = json.loads(json.dumps({"settings": settings, **made_on}))
-    if path.is_file():
-        try:
-            then = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise ResumeError(f"{path} is damaged ({error}): choose another --output") from error
-        if "settings" not in then:
-            raise ResumeError(f"{output} was begun by another version of bksdm: choose another --output")
-        said = {
-            "settings": "settings",
-            "data": "data",
-            "files": "pictures, captions or LICENSE",
-            "init": "--init weights",
-        }
-        if others := [said[key] for key in now if then.get(key, "") != now[key]]:
-            raise ResumeError(f"{output} was begun with other {' and '.join(others)}: choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    _write_json(path, now)
-
-
-def _write_json(path: Path, content: object) -> None:
-    staging = path.with_name(f".{path.name}")
-    staging.write_text(json.dumps(content, indent=2) + "\n")
-    staging.replace(path)
+    said = {
+        "settings": "settings",
+        "data": "data",
+        "files": "pictures, captions or LICENSE",
+        "init": "--init weights",
+    }
+    records.same_run(output, {"settings": settings, **made_on}, said)
 
 
 def _seconds(folder: Path) -> int:

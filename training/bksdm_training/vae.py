@@ -99,13 +99,18 @@ def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, accelerat
     return vae
 
 
+def encode_pixels(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] -> mean and standard deviation of the latents, unscaled: [B, 8, S / 8, S / 8]."""
+    latent = encode(vae, to_model_range(pixels))
+    return torch.cat([latent.mean, latent.std], 1)
+
+
 @torch.no_grad()
 def encode_moments(vae: AutoencoderKL, pictures: Pictures, device: torch.device, batch_size: int = 16) -> Tensor:
     """Mean and standard deviation of every picture's latents, unscaled: [N, 8, size / 8, size / 8] float32."""
     out = []
     for pixels in pictures.pixels.split(batch_size):
-        latent = encode(vae, to_model_range(pixels).to(device))
-        out.append(torch.cat([latent.mean, latent.std], 1).float().cpu())
+        out.append(encode_pixels(vae, pixels.to(device)).float().cpu())
     return torch.cat(out)
 
 
