@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -213,7 +212,7 @@ class _Shard:
         }
         path = folder / _name(number)
         staging = path.with_name(f".{path.name}")
-        save_file(tensors, staging)
+        records.save_tensors(tensors, staging)
         staging.replace(path)
         record = {
             "sha256": sha256(path),
@@ -252,7 +251,7 @@ def _finish(
     skips.check(skip_limit)
     empty = embed(teacher.text_encoder, teacher.tokenizer, [""]).detach().to("cpu", DTYPES[begun["dtype"]])
     staging = folder / f".{EMPTY}"
-    save_file({"context": empty}, staging)
+    records.save_tensors({"context": empty}, staging)
     staging.replace(folder / EMPTY)
     shown = [read_or_next(source, index)[0].captions[0] for index in spread(len(source), 8)]
     facts = {

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,15 +30,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from bksdm_training.records import ResumeError, save_tensors
+
 _STEP = re.compile(r"step-(\d{8})")
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _UNFINISHED = ".writing-"  # what is not whole yet, or not any more: swept by whoever looks next
 
 logger = logging.getLogger(__name__)
-
-
-class ResumeError(Exception):
-    """What was saved does not belong to this run, or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,10 @@ def save(folder: Path, state: State, *, keep: int = 2, also: Callable[[Path], No
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{state.step:08d}"
     staging = Path(tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED))
+    staging.chmod(folder.stat().st_mode & 0o777)
     try:
         for name, tensors in state.groups.items():
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, staging / f"{name}.safetensors")
+            save_tensors(tensors, staging / f"{name}.safetensors")
         facts = {"step": state.step, "groups": sorted(state.groups), **state.facts}
         (staging / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
         if also:

@@ -21,8 +21,10 @@ class LossWeights:
     snr_gamma: float | None = None
 
     def __post_init__(self) -> None:
-        if min(self.task, self.output, self.feature) < 0 or not self.task + self.output + self.feature:
-            raise ValueError("loss weights are 0 or more, and one of them is more than 0")
+        if min(self.task, self.output, self.feature) < 0 or not self.task + self.output:
+            raise ValueError(
+                "loss weights are 0 or more, and task or output more than 0: features alone predict nothing"
+            )
 
     @property
     def teacher_needed(self) -> bool:

@@ -9,8 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from bksdm_training.checkpointing import ResumeError
+
+class ResumeError(Exception):
+    """What was saved does not belong to this run, or cannot be read."""
 
 
 def same_run(output: Path, now: Mapping[str, object], said: Mapping[str, str]) -> None:
@@ -39,6 +43,12 @@ def write_json(path: Path, content: object) -> None:
     staging.replace(path)
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file as readable as its folder: the library makes it the writer's alone, on shared disks too."""
+    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def machine(device: torch.device, *packages: str) -> dict[str, object]:
     """What a run's speed and last digits depend on: device, threads, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
@@ -47,13 +57,3 @@ def machine(device: torch.device, *packages: str) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in ("bksdm", "torch", "diffusers", *packages)},
     }
-
-
-def flattened(value: object, prefix: str = "") -> dict[str, object]:
-    """Nested settings by dotted names."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, object] = {}
-    for key, inner in value.items():
-        flat.update(flattened(inner, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
