@@ -30,6 +30,7 @@ from bksdm_training.vae import encode_pixels, move
 INDEX = "cache.json"
 FORMAT = 1
 EMPTY = "empty.safetensors"  # the embedding of the empty caption, for caption dropout
+_KEYS = {"size", "flip", "encoders", "shards", "source", "window", "shard_size", "captions", "licence"}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -167,6 +168,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         facts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if facts["format"] != FORMAT:
             raise DataError(f"{folder} is a cache of format {facts['format']}, this reads {FORMAT}: make it again")
+        if missing := _KEYS - facts.keys():
+            raise ValueError(f"it has no {min(missing)}")
     except FileNotFoundError:
         raise DataError(f"{folder} is a cache that is not whole: run the bksdm-train cache command again") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
