@@ -107,6 +107,7 @@ def distill(
         on_step=skips.check,
     )
     accelerator.end_training()
+    skips.gather()
     if accelerator.is_main_process:
         finish.publish(
             taps=[asdict(tap) for tap in pairs],
@@ -159,7 +160,8 @@ def _student(config: DistillConfig, teacher: Checkpoint, row: Variant) -> UNet2D
 def _frozen(module: Module, device: torch.device, dtype: torch.dtype = torch.float32) -> Module:
     """The module where it is used; itself on a CPU, elsewhere a copy: the original is still saved and drawn with."""
     placed = module if device.type == "cpu" and dtype == torch.float32 else copy.deepcopy(module)
-    return placed.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    # nn.Module's own: diffusers' warns of nothing that happens here
+    return nn.Module.to(placed, device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 class Inputs:
@@ -226,12 +228,15 @@ class _SkipCount:
 
     def check(self, step: int) -> None:
         """At the same steps in every process. Raises DataError."""
-        if step % CHECK_SKIPS_EVERY:
-            return
+        if step % CHECK_SKIPS_EVERY == 0:
+            self.gather()
+            self.total.check(self.limit)
+
+    def gather(self) -> None:
+        """Put together what all processes skipped."""
         for skips in cast(list[Skips], gather_object([self.since])):
             self.total.merge(skips)
         self.since = Skips()
-        self.total.check(self.limit)
 
     def summary(self) -> dict[str, object]:
         """Counts by reason, for records."""
