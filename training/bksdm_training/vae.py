@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import FloatTensor, Tensor, nn
 
+from bksdm.perceptual import Lpips
 from bksdm_training import loop
 from bksdm_training.charts import save_grid
 from bksdm_training.config import TeacherConfig
 from bksdm_training.data import Order, Pictures, to_model_range
-from bksdm_training.perceptual import Lpips
 
 
 def build_vae(config: TeacherConfig) -> AutoencoderKL:
