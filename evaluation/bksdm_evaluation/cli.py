@@ -186,16 +186,6 @@ def student(
         ]
         networks = students.load_networks()
         scores = [students.score(loaded, original, split, drawing, networks, _bar, cache) for split in splits]
-        if grid is not None:
-            bands = [
-                Band(
-                    [one.split.captions[i] for i in one.shown()],
-                    [one.teacher[i] for i in one.shown()],
-                    [one.student[i] for i in one.shown()],
-                )
-                for one in scores
-            ]
-            save_grid(bands, grid)
         figures = {
             "student": students.describe(loaded),
             "teacher": students.describe(original),
@@ -212,6 +202,17 @@ def student(
             "networks": students.network_hashes(),
             "versions": _versions("torch", "diffusers", "transformers"),
         }
+        _write_figures(output, figures)
+        if grid is not None:
+            bands = [
+                Band(
+                    [one.split.captions[i] for i in one.shown()],
+                    [one.teacher[i] for i in one.shown()],
+                    [one.student[i] for i in one.shown()],
+                )
+                for one in scores
+            ]
+            save_grid(bands, grid)
     except (
         CheckpointError,
         VariantError,
@@ -228,7 +229,6 @@ def student(
             f"LPIPS to the teacher {one.lpips.mean():.3f}, top-1 {one.top1:.1%}, top-5 {one.top5:.1%} "
             f"({len(one.student)} captions, {len(one.split.dataset.pictures)} pictures)"
         )
-    _write_figures(output, figures)
 
 
 @contextmanager

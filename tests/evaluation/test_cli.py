@@ -10,7 +10,7 @@ from PIL import Image
 
 from bksdm import checkpoint
 from bksdm.image_folder import digest
-from bksdm_evaluation import cli, features, generate
+from bksdm_evaluation import cli, features, generate, grid
 from bksdm_evaluation.retrieval import ScoreError
 from bksdm_runtime import bundle as bundles
 
@@ -169,8 +169,8 @@ def test_a_student_is_scored_on_both_splits(run, mini_folder, splits, tmp_path):
     assert set(figures["networks"]) == {"inception", "nearness", "lpips"}
     assert {"torch", "diffusers", "transformers"} < figures["versions"].keys()
     assert "rank-deficient" in figures["note"]
-    with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (5 * 68 + 4, 2 * (2 * 68 + 14) + 4)
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (5 * 68 + 4, 2 * (2 * 68 + 14) + 4)
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 4
 
 
@@ -214,3 +214,16 @@ def test_what_a_student_cannot_be_scored_with_is_said_before_the_work(
     if code == 1:
         assert err.startswith("bksdm-eval: ")
         assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("no_packages")
+def test_a_grid_that_cannot_be_saved_costs_no_figures(run, mini_folder, splits, tmp_path, monkeypatch):
+    def full(bands, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(grid, "save_grid", full)
+    arguments = ["student", mini_folder, "--teacher", mini_folder, "--data", splits, "--only", "unseen", "--steps", 1]
+    code, _, err = run(*arguments, "-o", tmp_path / "s.json", "--grid", tmp_path / "grid.png")
+    assert code == 1
+    assert "bksdm-eval: [Errno 28] No space left on device" in err
+    assert json.loads((tmp_path / "s.json").read_text())["splits"]["unseen"]["generated"] == 4
