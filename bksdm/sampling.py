@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,19 +28,49 @@ def sample(
     """Pictures [N, 3, size, size] of the prompts, float32 in [-1, 1], on the CPU; PNDM, classifier-free guidance.
 
     All modules on one device. Picture i starts from torch's CPU noise of seeds[i], as the runtime draws it."""
-    scheduler = cast(PNDMScheduler, PNDMScheduler.from_config(dict(scheduler_config)))
-    scheduler.set_timesteps(steps)
     side = size // 2 ** (len(vae.config["block_out_channels"]) - 1)
-    noise = [torch.randn((1, 4, side, side), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    latents = torch.cat(noise).to(unet.device) * scheduler.init_noise_sigma
-    context = embed(text_encoder, tokenizer, [""] * len(prompts) + list(prompts))
-    for timestep in cast(Tensor, scheduler.timesteps):
-        eps = unet(torch.cat([latents] * 2), timestep, context, return_dict=False)[0].float()
-        blank, caption = eps.chunk(2)
-        guided = blank + guidance * (caption - blank)
-        latents = scheduler.step(guided, cast(int, timestep), latents, return_dict=False)[0]
+    noise = initial_noise((int(unet.config["in_channels"]), side, side), seeds).to(unet.device)
+    context = embed(text_encoder, tokenizer, [""] * (len(prompts) if guidance > 1 else 0) + list(prompts))
+    latents = denoise(unet, noise, context, scheduler_config, guidance=guidance, steps=steps)
     with torch.autocast(latents.device.type, enabled=False):
         return decode(vae, latents / vae.config["scaling_factor"]).cpu().clamp(-1, 1)
+
+
+@torch.no_grad()
+def denoise(
+    unet: UNet2DConditionModel,
+    noise: Tensor,
+    context: Tensor,
+    scheduler_config: Mapping[str, Any],
+    *,
+    guidance: float,
+    steps: int,
+    on_step: Callable[[float], object] = lambda share: None,
+) -> Tensor:
+    """Clean latents [B, C, h, w] from noise of unit variance. Classifier-free guidance, arXiv 2207.12598.
+
+    context: [2B, 77, D], the empty captions first; [B, 77, D] where guidance is 1 or less, which evaluates the U-Net
+    once per picture. on_step is told what share of its pictures each evaluation made; in all that is their number."""
+    # The runtime's pndm is PLMS alone; diffusers would warm up with Runge-Kutta where a scheduler does not say.
+    scheduler = cast(PNDMScheduler, PNDMScheduler.from_config(dict(scheduler_config), skip_prk_steps=True))
+    scheduler.set_timesteps(steps)
+    timesteps = cast(Tensor, scheduler.timesteps)
+    latents = noise * scheduler.init_noise_sigma
+    for timestep in timesteps:
+        if guidance > 1:
+            output = unet(torch.cat([latents] * 2), timestep, context, return_dict=False)[0].float()
+            blank, caption = output.chunk(2)
+            output = blank + guidance * (caption - blank)
+        else:
+            output = unet(latents, timestep, context, return_dict=False)[0].float()
+        latents = cast(Tensor, scheduler.step(output, cast(int, timestep), latents, return_dict=False)[0])
+        on_step(len(latents) / len(timesteps))
+    return latents
+
+
+def initial_noise(shape: tuple[int, int, int], seeds: Sequence[int]) -> Tensor:
+    """torch's CPU noise [B, *shape] float32; row i of seeds[i], a generator of its own."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def embed(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
@@ -57,8 +87,3 @@ def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Unscaled latents [B, 4, h, w] -> pictures [B, 3, 8 h, 8 w] float32, about [-1, 1]."""
     return cast(Tensor, vae.decode(cast(FloatTensor, latents), return_dict=False)[0]).float()
-
-
-def batches(count: int, size: int) -> Iterator[slice]:
-    """`count` things in slices of at most `size`."""
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -1,1 +1,1 @@
-"""Scores of what a bundle generates."""
+"""Scores of what a bundle or a checkpoint generates."""

@@ -1,11 +1,12 @@
-"""`bksdm-eval`: how good are the pictures that a bundle makes."""
+"""`bksdm-eval`: how good are the pictures that a bundle or a checkpoint makes."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,7 +18,7 @@ _PROGRAM = "bksdm-eval"
 @click.group(context_settings={"max_content_width": 110})
 @click.version_option(package_name="bksdm")
 def commands() -> None:
-    """Score what a bundle generates."""
+    """Score what a bundle or a checkpoint generates."""
     # At its import diffusers reports which of several optimum distributions it picked: nothing for our users.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
@@ -100,35 +101,167 @@ def retrieval(
         "backend": pipeline.backend,
         "batch_size": batch_size,
         "threads": pipeline.threads,
-        "versions": _versions(),
+        "versions": _versions("torch", "onnxruntime", "onnxruntime-gpu"),
     }
     click.echo(
         f"top-1 {figures['top1']:.1%}, top-5 {figures['top5']:.1%} "
         f"of {len(chosen)} captions among {len(dataset.pictures)} pictures"
     )
     if output is not None:
-        try:
-            _write(output, json.dumps(figures, indent=2) + "\n")
-        except OSError as error:
-            raise click.ClickException(f"{output} cannot be written: {error.strerror or error}") from error
+        _write_figures(output, figures)
 
 
-def _versions() -> dict[str, str]:
+@commands.command()
+@click.argument("checkpoint")
+@click.option(
+    "--teacher", required=True, metavar="CHECKPOINT", help="What it was distilled from: draws the same noise."
+)
+@click.option("--data", "folder", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Of both splits.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Figures as JSON.")
+@click.option("--unet", metavar="FOLDER", help="A trained U-Net, laid over CHECKPOINT.")
+@click.option("--only", type=click.Choice(["train", "unseen"]), help="Score one split.  [default: both]")
+@click.option("--count", type=click.IntRange(4), default=200, show_default=True, help="Captions of train, spread.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=25, show_default=True)
+@click.option("--guidance-scale", type=click.FloatRange(1, 1000), help="Of both models.  [default: the teacher's own]")
+@click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Picture i uses seed + i.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--threads", type=click.IntRange(1))
+@click.option(
+    "--teacher-cache",
+    "cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keeps the teacher's pictures and the dataset's features for the next student.",
+)
+@click.option("--grid", type=click.Path(path_type=Path), metavar="FILE", help="A PNG: teacher above student.")
+def student(
+    checkpoint: str,
+    teacher: str,
+    folder: Path,
+    output: Path,
+    unet: str | None,
+    only: str | None,
+    count: int,
+    steps: int,
+    guidance_scale: float | None,
+    seed: int,
+    batch_size: int,
+    threads: int | None,
+    cache: Path | None,
+    grid: Path | None,
+) -> None:
+    """KID, FID, LPIPS to the teacher, and caption retrieval of a student in training, without an export.
+
+    CHECKPOINT is a folder in diffusers' layout, one .safetensors file, or `demo`. DIR holds the image folders `train`
+    and `unseen`, as bksdm-train data writes them. Of train --count captions are drawn, of unseen all; they are scored
+    against all pictures of their split. Both models draw from the same noise at the same settings.
+    """
+    import torch
+
+    from bksdm import checkpoint as checkpoints
+    from bksdm.checkpoint import CheckpointError
+    from bksdm.errors import VariantError
+    from bksdm.packages import PackageError
+    from bksdm_evaluation import student as students
+    from bksdm_evaluation.grid import Band, save_grid
+    from bksdm_evaluation.retrieval import DatasetError, ScoreError
+    from bksdm_evaluation.statistics import TooFewPictures
+
+    for path, option in ((output, "--output"), (grid, "--grid")):
+        if path is not None:
+            _refuse_unwritable(path, option)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        loaded = checkpoints.load(checkpoint, unet=unet)
+        original = checkpoints.load(teacher)
+        students.check_pair(loaded, original)
+        if guidance_scale is None:
+            guidance_scale = original.guidance_scale
+        drawing = students.Drawing(steps, guidance_scale, seed, batch_size)
+        splits = [
+            students.read_split(folder, name, original.image_size, count if name == "train" else None)
+            for name in students.SPLITS
+            if only in (None, name)
+        ]
+        networks = students.load_networks()
+        scores = [students.score(loaded, original, split, drawing, networks, _bar, cache) for split in splits]
+        figures = {
+            "student": students.describe(loaded),
+            "teacher": students.describe(original),
+            "splits": {one.split.name: one.figures() for one in scores},
+            "note": students.NOTE,
+            "settings": {
+                "steps": steps,
+                "guidance_scale": guidance_scale,
+                "seed": seed,
+                "count": count,
+                "batch_size": batch_size,
+                "threads": torch.get_num_threads(),
+            },
+            "networks": students.network_hashes(),
+            "versions": _versions("torch", "diffusers", "transformers"),
+        }
+        _write_figures(output, figures)
+        if grid is not None:
+            bands = [
+                Band(
+                    [one.split.captions[i] for i in one.shown()],
+                    [one.teacher[i] for i in one.shown()],
+                    [one.student[i] for i in one.shown()],
+                )
+                for one in scores
+            ]
+            save_grid(bands, grid)
+    except (
+        CheckpointError,
+        VariantError,
+        DatasetError,
+        ScoreError,
+        TooFewPictures,
+        PackageError,
+        OSError,
+    ) as error:
+        raise click.ClickException(str(error)) from error
+    for one in scores:
+        click.echo(
+            f"{one.split.name}: KID {one.kid.value:.4f} +- {one.kid.standard_error:.4f}, FID {one.fid:.1f}, "
+            f"LPIPS to the teacher {one.lpips.mean():.3f}, top-1 {one.top1:.1%}, top-5 {one.top5:.1%} "
+            f"({len(one.student)} captions, {len(one.split.dataset.pictures)} pictures)"
+        )
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[float], object]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit="picture", dynamic_ncols=True, disable=None) as bar:
+        yield bar.update
+
+
+def _write_figures(output: Path, figures: dict[str, object]) -> None:
+    try:
+        _write(output, json.dumps(figures, indent=2) + "\n")
+    except OSError as error:
+        raise click.ClickException(f"{output} cannot be written: {error.strerror or error}") from error
+
+
+def _versions(*packages: str) -> dict[str, str]:
     found = {}
-    for package in ("bksdm", "numpy", "pillow", "torch", "onnxruntime", "onnxruntime-gpu"):
+    for package in ("bksdm", "numpy", "pillow", *packages):
         with suppress(PackageNotFoundError):  # one of the two onnxruntimes
             found[package] = version(package)
     return found
 
 
-def _refuse_unwritable(output: Path) -> None:
+def _refuse_unwritable(output: Path, option: str = "--output") -> None:
     """Notice before minutes of work that the result could not be written."""
     if output.is_dir():
-        raise click.BadParameter(f"{output} is a folder, not a file", param_hint="--output")
+        raise click.BadParameter(f"{output} is a folder, not a file", param_hint=option)
     if not output.parent.is_dir():
-        raise click.BadParameter(f"{output.parent} is not a folder", param_hint="--output")
+        raise click.BadParameter(f"{output.parent} is not a folder", param_hint=option)
     if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise click.BadParameter(f"{output.parent} cannot be written", param_hint="--output")
+        raise click.BadParameter(f"{output.parent} cannot be written", param_hint=option)
 
 
 def _write(output: Path, text: str) -> None:

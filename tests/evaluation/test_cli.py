@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bksdm import checkpoint
 from bksdm.image_folder import digest
-from bksdm_evaluation import cli, features, generate
+from bksdm_evaluation import cli, features, generate, grid
 from bksdm_evaluation.retrieval import ScoreError
 from bksdm_runtime import bundle as bundles
 
@@ -130,3 +131,99 @@ def test_a_kill_while_the_figures_are_written_keeps_the_old_ones(run, data, tmp_
     with pytest.raises(ZeroDivisionError):
         run("retrieval", "--data", data, "-o", tmp_path / "figures.json")
     assert (tmp_path / "figures.json").read_text() == "old"
+
+
+@pytest.fixture
+def mini_folder(mini_checkpoint, tmp_path):
+    folder = tmp_path / "mini"
+    checkpoint.save(mini_checkpoint, folder)
+    return folder
+
+
+@pytest.fixture
+def splits(tmp_path):
+    for name, count in (("train", 6), ("unseen", 4)):
+        (tmp_path / "splits" / name).mkdir(parents=True)
+        rows = []
+        for i in range(count):
+            Image.new("RGB", (8, 8), (40 * i, 0, 90)).save(tmp_path / "splits" / name / f"{i}.png")
+            rows.append(json.dumps({"file_name": f"{i}.png", "text": f"{name} {i}"}))
+        (tmp_path / "splits" / name / "metadata.jsonl").write_text("\n".join(rows))
+    return tmp_path / "splits"
+
+
+@pytest.mark.usefixtures("no_packages")
+def test_a_student_is_scored_on_both_splits(run, mini_folder, splits, tmp_path):
+    arguments = ["student", mini_folder, "--teacher", mini_folder, "--data", splits, "--steps", 1, "--count", 5]
+    arguments += ["--teacher-cache", tmp_path / "cache", "-o", tmp_path / "s.json", "--grid", tmp_path / "grid.png"]
+    code, out, err = run(*arguments)
+    assert (code, len(out.splitlines())) == (0, 2), err
+    assert out.startswith("train: KID ")
+    assert "LPIPS to the teacher 0.000" in out
+    assert "(4 captions, 4 pictures)" in out.splitlines()[1]
+    figures = json.loads((tmp_path / "s.json").read_text())
+    assert (figures["splits"]["train"]["generated"], figures["splits"]["train"]["dataset_pictures"]) == (5, 6)
+    assert figures["splits"]["unseen"]["generated"] == 4
+    assert figures["settings"]["guidance_scale"] == 7.5
+    assert figures["student"]["sha256"] == figures["teacher"]["sha256"]
+    assert set(figures["networks"]) == {"inception", "nearness", "lpips"}
+    assert {"torch", "diffusers", "transformers"} < figures["versions"].keys()
+    assert "rank-deficient" in figures["note"]
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (5 * 68 + 4, 2 * (2 * 68 + 14) + 4)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 4
+
+
+@pytest.mark.usefixtures("no_packages")
+def test_a_trained_unet_is_laid_over_and_one_split_scored(run, mini_folder, build_mini, splits, tmp_path):
+    checkpoint.save(build_mini(seed=1), tmp_path / "other")
+    code, out, err = run(
+        "student", mini_folder, "--unet", tmp_path / "other" / "unet", "--teacher", mini_folder, "--data", splits,
+        "--only", "unseen", "--steps", 1, "-o", tmp_path / "s.json",
+    )  # fmt: skip
+    assert (code, len(out.splitlines())) == (0, 1), err
+    figures = json.loads((tmp_path / "s.json").read_text())
+    assert list(figures["splits"]) == ["unseen"]
+    assert figures["student"]["sha256"]["unet"] != figures["teacher"]["sha256"]["unet"]
+    assert figures["student"]["sha256"]["vae"] == figures["teacher"]["sha256"]["vae"]
+    assert figures["splits"]["unseen"]["lpips_to_teacher"]["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"checkpoint": "gone"}, 1, "there is no gone"),
+        ({"--teacher": "gone"}, 1, "there is no gone"),
+        ({"--data": "gone"}, 1, "make one with bksdm-train data"),
+        ({"-o": "gone/s.json"}, 2, "is not a folder"),
+        ({"--grid": "gone/g.png"}, 2, "--grid"),
+        ({"--guidance-scale": "0.5"}, 2, "0.5"),
+        ({"--count": "2"}, 2, "2"),
+    ],
+)
+def test_what_a_student_cannot_be_scored_with_is_said_before_the_work(
+    run, mini_folder, splits, tmp_path, monkeypatch, change, code, said
+):
+    monkeypatch.chdir(tmp_path)
+    given = {"--teacher": mini_folder, "--data": splits, "-o": tmp_path / "s.json", **change}
+    first = given.pop("checkpoint", mini_folder)
+    found, _, err = run("student", first, *(part for pair in given.items() for part in pair))
+    assert found == code
+    assert said in err
+    assert "Traceback" not in err
+    if code == 1:
+        assert err.startswith("bksdm-eval: ")
+        assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("no_packages")
+def test_a_grid_that_cannot_be_saved_costs_no_figures(run, mini_folder, splits, tmp_path, monkeypatch):
+    def full(bands, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(grid, "save_grid", full)
+    arguments = ["student", mini_folder, "--teacher", mini_folder, "--data", splits, "--only", "unseen", "--steps", 1]
+    code, _, err = run(*arguments, "-o", tmp_path / "s.json", "--grid", tmp_path / "grid.png")
+    assert code == 1
+    assert "bksdm-eval: [Errno 28] No space left on device" in err
+    assert json.loads((tmp_path / "s.json").read_text())["splits"]["unseen"]["generated"] == 4

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from bksdm import checkpoint
-from bksdm_training.data import DataError, Order, encode, read_folder, to_model_range, tokenize
+from bksdm.sampling import token_ids
+from bksdm_training.data import DataError, Order, read_folder, to_model_range, tokenize
 
 
 def test_a_folder_is_read_resized_with_all_captions(mini_data):
@@ -74,7 +75,7 @@ def test_captions_are_drawn_from_their_own_picture_and_dropped_as_often_as_asked
     tokens = tokenize(tokenizer, pictures.captions)
     rows = torch.full((4000,), 5)
     ids = tokens.draw(rows, 0.25, torch.Generator().manual_seed(0))
-    full, short, empty = (encode(tokenizer, [text])[0] for text in ("disc 5", "5", ""))
+    full, short, empty = (token_ids(tokenizer, [text])[0] for text in ("disc 5", "5", ""))
     counts = [int((ids == one).all(1).sum()) for one in (full, short, empty)]
     assert sum(counts) == 4000
     assert counts == pytest.approx([1500, 1500, 1000], abs=120)  # four standard deviations

@@ -2,8 +2,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from bksdm import checkpoint
+from bksdm.sampling import token_ids
 from bksdm_training.config import PRESETS
-from bksdm_training.data import encode
 from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, loss_weights, silence_unseen_tokens
 from bksdm_training.vae import build_vae
 
@@ -34,7 +34,7 @@ def test_the_text_encoder_has_a_row_for_every_one_of_clips_49408_tokens(mini_con
     encoder = Denoiser(mini_config, tokenizer).text_encoder
     assert (len(tokenizer), encoder.config.vocab_size) == (49_408, 49_408)
     assert encoder.get_input_embeddings().weight.shape == (49_408, mini_config.text_width)
-    last = encode(tokenizer, ["a red apple"])  # ends in the last token of the table, 49407
+    last = token_ids(tokenizer, ["a red apple"])  # ends in the last token of the table, 49407
     assert last.max() == 49_407 == encoder.config.eos_token_id
     assert encoder(last).last_hidden_state.shape == (1, 77, mini_config.text_width)
 

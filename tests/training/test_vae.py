@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.distributions import Normal, kl_divergence
 
 from bksdm_training import vae
@@ -14,11 +15,11 @@ def test_the_loss_is_l1_lpips_and_kl(tmp_path, mini_data, mini_config, monkeypat
     seen = {}
     monkeypatch.setattr(vae.loop, "run", lambda *arguments, **_: seen.update(loss_at=arguments[2]))
     pictures = read_folder(mini_data / "train", mini_config.size)
-    model = vae.train_vae(pictures, mini_config, tmp_path, torch.device("cpu"))
-    terms = seen["loss_at"](step, seeded(9, step))
+    model = vae.train_vae(pictures, mini_config, tmp_path, Accelerator(cpu=True))
+    terms = seen["loss_at"](model, step, 0)
 
     # The same draws in the same order, everything else in float64 from the definitions.
-    generator = seeded(9, step)
+    generator = seeded(mini_config.vae.seed, step)
     pixels = pictures.pixels[Order(len(pictures), 4, mini_config.vae.seed).batch(step)]
     pixels = vae.random_crop(pixels, 32, generator) if side == 32 else pixels[:count]
     assert pixels.shape == (count, 3, side, side)

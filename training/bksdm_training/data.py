@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from bksdm.sampling import token_ids
+
 
 class DataError(Exception):
     """The image folder cannot be read as one."""
@@ -112,10 +114,4 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[Sequence[str]]) -> Tok
     """Tokenize all captions once."""
     flat = [text for texts in captions for text in texts]
     counts = torch.tensor([len(texts) for texts in captions])
-    return TokenTable(encode(tokenizer, flat), counts.cumsum(0) - counts, counts, encode(tokenizer, [""])[0])
-
-
-def encode(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids [N, 77] int64."""
-    out = tokenizer(list(texts), padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    return out["input_ids"]  # type: ignore[return-value]
+    return TokenTable(token_ids(tokenizer, flat), counts.cumsum(0) - counts, counts, token_ids(tokenizer, [""])[0])

@@ -10,17 +10,18 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bksdm.checkpoint import Checkpoint
+from bksdm.sampling import sample
 from bksdm_training import checkpointing, loop
 from bksdm_training.charts import save_grid
 from bksdm_training.checkpointing import digest, restore_module
 from bksdm_training.config import TeacherConfig
-from bksdm_training.data import Order, Pictures, encode, seeded, tokenize
-from bksdm_training.vae import decode, encode_moments
+from bksdm_training.data import Order, Pictures, seeded, tokenize
+from bksdm_training.vae import encode_moments
 
 # Stable Diffusion v1's noise schedule and sampler settings
 SCHEDULER_CONFIG: dict[str, object] = {
@@ -122,7 +123,7 @@ def train_denoiser(
 
     def on_checkpoint(_step: int, average: Mapping[str, Tensor], _staging: Path) -> None:
         with checkpointing.swapped(model, average):
-            pictures = sample(model, vae, tokenizer, shown, device=device, guidance=config.guidance_scale)
+            pictures = draw(model, vae, tokenizer, shown, config.guidance_scale)
         save_grid(pictures, folder / "samples.png", columns=8, captions=shown)
 
     loop.run(
@@ -162,28 +163,18 @@ def silence_unseen_tokens(text_encoder: CLIPTextModel, seen: Tensor) -> None:
     embedding[~keep] = 0
 
 
-@torch.no_grad()
-def sample(
-    model: Denoiser,
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    prompts: Sequence[str],
-    *,
-    device: torch.device,
-    steps: int = 25,
-    guidance: float,
-    seed: int = 0,
+def draw(
+    model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, captions: Sequence[str], guidance: float
 ) -> Tensor:
-    """Pictures [N, 3, H, W] in [-1, 1] of the prompts, on the CPU; picture i starts from noise of seed + i."""
-    scheduler = cast(PNDMScheduler, PNDMScheduler.from_config(SCHEDULER_CONFIG))
-    scheduler.set_timesteps(steps)
-    size = int(model.unet.config["sample_size"])
-    noise = [torch.randn((4, size, size), generator=seeded(seed, i)) for i in range(len(prompts))]
-    latents = torch.stack(noise).to(device)
-    context = model.context(encode(tokenizer, [""] * len(prompts) + list(prompts)).to(device))
-    for timestep in cast(Tensor, scheduler.timesteps):
-        eps = model.unet(torch.cat([latents] * 2), timestep, context).sample.float()
-        blank, caption = eps.chunk(2)
-        guided = blank + guidance * (caption - blank)
-        latents = scheduler.step(guided, cast(int, timestep), latents, return_dict=False)[0]
-    return decode(vae, latents / vae.config["scaling_factor"]).cpu().clamp(-1, 1)
+    """Pictures [N, 3, H, W] in [-1, 1] of the captions, on the CPU; picture i starts from noise of seed i."""
+    return sample(
+        model.unet,
+        model.text_encoder,
+        vae,
+        tokenizer,
+        SCHEDULER_CONFIG,
+        captions,
+        guidance=guidance,
+        seeds=range(len(captions)),
+        size=int(model.unet.config["sample_size"]) * 8,
+    )

@@ -161,7 +161,7 @@ def _frozen(module: Module, device: torch.device, dtype: torch.dtype = torch.flo
     """The module where it is used; itself on a CPU, elsewhere a copy: the original is still saved and drawn with."""
     placed = module if device.type == "cpu" and dtype == torch.float32 else copy.deepcopy(module)
     # nn.Module's own: diffusers' warns of nothing that happens here
-    return nn.Module.to(placed, device=device, dtype=dtype).eval().requires_grad_(False)
+    return cast(Module, nn.Module.to(placed, device=device, dtype=dtype).eval().requires_grad_(False))
 
 
 class Inputs:

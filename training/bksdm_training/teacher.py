@@ -20,7 +20,7 @@ from bksdm_training import checkpointing, loop, records
 from bksdm_training.charts import save_curve, save_grid
 from bksdm_training.config import TeacherConfig
 from bksdm_training.data import DataError, Pictures, read_folder
-from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, sample, train_denoiser
+from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, draw, train_denoiser
 from bksdm_training.vae import move, psnr, train_vae
 
 SHOWN = 32  # captions in a sample grid
@@ -98,7 +98,7 @@ def _draw(
     guidance: float,
 ) -> None:
     for split, captions in grids.items():
-        pictures = sample(model, vae, tokenizer, captions, device=device, guidance=guidance)
+        pictures = draw(model, vae, tokenizer, captions, guidance)
         save_grid(pictures, output / f"samples-{split}.png", columns=8, captions=captions)
     for stage in ("vae", "unet"):
         if rows := loop.read_log(output / stage):

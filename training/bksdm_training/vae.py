@@ -11,13 +11,14 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch import FloatTensor, Tensor, nn
+from torch import Tensor, nn
 
+from bksdm.perceptual import Lpips
+from bksdm.sampling import decode
 from bksdm_training import checkpointing, loop
 from bksdm_training.charts import save_grid
 from bksdm_training.config import TeacherConfig
 from bksdm_training.data import Order, Pictures, seeded, to_model_range
-from bksdm_training.perceptual import Lpips
 
 
 def build_vae(config: TeacherConfig) -> AutoencoderKL:
@@ -39,11 +40,6 @@ def build_vae(config: TeacherConfig) -> AutoencoderKL:
 def encode(vae: AutoencoderKL, x: Tensor) -> DiagonalGaussianDistribution:
     """Pictures [B, 3, H, W] in [-1, 1] -> the distribution of their latents [B, 4, H / 8, W / 8], unscaled."""
     return cast(DiagonalGaussianDistribution, vae.encode(x, return_dict=False)[0])
-
-
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Unscaled latents [B, 4, h, w] -> pictures [B, 3, 8 h, 8 w] float32, about [-1, 1]."""
-    return cast(Tensor, vae.decode(cast(FloatTensor, latents), return_dict=False)[0]).float()
 
 
 def move(vae: AutoencoderKL, device: torch.device) -> AutoencoderKL:

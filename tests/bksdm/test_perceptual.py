@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import signal
 
-from bksdm_training.perceptual import Lpips, _ArraysOnly
+from bksdm.perceptual import Lpips, _ArraysOnly
 
 
 def test_a_pickle_that_holds_code_is_refused():

@@ -1,4 +1,4 @@
-"""LPIPS on AlexNet (Zhang et al. 2018, arXiv 1801.03924), v0.1 weights, as a training loss.
+"""LPIPS on AlexNet (Zhang et al. 2018, arXiv 1801.03924), v0.1 weights: a training loss and a score.
 
 Written out here because every published package of it imports torchvision, which has no build beside CPU torch;
 `test_perceptual` holds it to an independent float64 computation."""
