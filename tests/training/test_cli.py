@@ -1,6 +1,7 @@
 import os
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bksdm_training import cli
 
@@ -59,3 +60,85 @@ def test_diffusers_is_told_to_be_quiet_before_it_is_imported(monkeypatch, capsys
 def test_misuse_is_exit_2(monkeypatch, capsys, arguments):
     code, _, _ = _run(monkeypatch, capsys, *arguments)
     assert code == 2
+
+
+def _distill(trained, data, output, *more):
+    return (
+        "distill",
+        "--variant=small",
+        f"--data={data}",
+        f"--teacher={trained / 'checkpoint'}",
+        f"--output={output}",
+        "--steps=2",
+        "--batch-size=4",
+        "--shown=0",
+        "--cpu",
+        *more,
+    )
+
+
+def test_a_student_is_distilled_from_a_cache_and_tracked(monkeypatch, capsys, trained, mini_data, tmp_path):
+    cached = tmp_path / "cache"
+    code, out, _ = _run(
+        monkeypatch,
+        capsys,
+        "cache",
+        f"--data={mini_data / 'train'}",
+        f"--teacher={trained / 'checkpoint'}",
+        f"--output={cached}",
+        "--cpu",
+    )
+    assert (code, out.strip()) == (0, str(cached))
+    code, out, err = _run(monkeypatch, capsys, *_distill(trained, cached, tmp_path / "run"))
+    assert (code, out.strip()) == (0, str(tmp_path / "run" / "checkpoint"))
+    assert "small: step 2 of 2, task" in err
+    events = EventAccumulator(str(next((tmp_path / "run").rglob("events.out.*")).parent))
+    events.Reload()
+    assert {"task", "output", "feature_0", "gradient_norm", "learning_rate"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("task")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (("--teacher=nowhere",), 1, "there is no nowhere"),
+        (("--data=nowhere",), 1, "there is no data at nowhere"),
+        (("--batch-size=5", "--micro-batch=2"), 2, "a multiple of 2"),
+        (("--size=100",), 2, "multiple of 8"),
+        (("--task-weight=0", "--output-weight=0"), 2, "features alone predict nothing"),
+        (("--variant=v2-small",), 1, "use --variant small"),
+        (("--variant=huge",), 2, "is not one of"),
+        (("--mixed-precision=fp16",), 1, "fp16 needs a GPU"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    monkeypatch, capsys, trained, mini_data, tmp_path, more, code, said
+):
+    found, _, err = _run(monkeypatch, capsys, *_distill(trained, mini_data / "train", tmp_path / "run", *more))
+    assert found == code
+    assert said in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (tmp_path / "run" / "states").exists()
+
+
+def test_the_defaults_are_the_published_run():
+    from bksdm_training.config import DistillConfig
+
+    options = {option.name: option.default for option in cli.distill.params}
+    config = DistillConfig()
+    for name in [
+        "steps",
+        "learning_rate",
+        "warmup",
+        "decay_share",
+        "weight_decay",
+        "clip",
+        "ema_decay",
+        "seed",
+        "checkpoint_every",
+        "keep",
+    ]:
+        assert options[name] == getattr(config.loop, name), name
+    assert (options["task_weight"], options["output_weight"], options["feature_weight"]) == (1.0, 1.0, 1.0)
+    for name in ("start", "flip", "caption_dropout", "workers", "skip_limit", "shown"):
+        assert options[name] == getattr(config, name), name

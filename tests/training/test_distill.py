@@ -341,14 +341,14 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(trained, mini_dat
 
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(trained, mini_data, tmp_path):
-    config = _with(steps=12)
+    # At the published rate: at twenty times it the last digits of a step grow tenfold within a few more.
+    config = _with(steps=12, learning_rate=5e-5)
     for processes in (1, 2):
         assert _start(config, trained, mini_data / "train", tmp_path / str(processes) / "run", processes).wait() == 0
     one, two = _log(tmp_path / "1" / "run"), _log(tmp_path / "2" / "run")
     assert len(one) == 12
     worst = _difference(one, two)
-    print("processes", worst)
-    assert worst < 1e-4
+    assert worst < 5e-5  # measured 6.5e-6
     # a run begun by two processes goes on with one
     longer = replace(config, loop=replace(config.loop, steps=14))
     assert _start(longer, trained, mini_data / "train", tmp_path / "2" / "run").wait() == 0
@@ -356,14 +356,14 @@ def test_two_processes_have_the_losses_of_one(trained, mini_data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, of its imports and of looking at gradients
 def test_compiled_blocks_have_the_losses_of_plain_ones(teacher, mini_data, tmp_path):
     config = replace(_with(checkpoint_every=4), gradient_checkpointing=True)
     _run(teacher, mini_data / "train", tmp_path / "plain", config, "tiny")
     compiled = replace(config, compiled=True)
     _run(checkpoint_copy(teacher), mini_data / "train", tmp_path / "compiled", compiled, "tiny")
     worst = _difference(_log(tmp_path / "plain"), _log(tmp_path / "compiled"))
-    print("compiled", worst)
-    assert worst < 1e-4
+    assert worst < 4e-6  # measured 4.3e-7
 
 
 def checkpoint_copy(teacher):

@@ -258,9 +258,12 @@ def _named(options: dict[str, Any], names: str) -> dict[str, Any]:
 
 
 def _accelerator(cpu: bool, mixed_precision: str | None, output: Path | None) -> Accelerator:
+    import torch
     from accelerate import Accelerator
 
     trackers = {}
+    if mixed_precision == "fp16" and (cpu or not torch.cuda.is_available()):
+        raise click.ClickException("--mixed-precision fp16 needs a GPU: take bf16 or no")
     if output is not None and find_spec("tensorboard"):
         trackers = {"log_with": "tensorboard", "project_dir": output}
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **trackers)

@@ -55,13 +55,15 @@ def distill(
     a checkpoint/ of its own. Under `accelerate launch` every process calls this.
     Raises IncompatibleTeacher, ResumeError (anything else), DataError (too much of the data is unusable),
     DivergedError."""
+    block_removal.student_name(row, teacher.unet.config)
+    bare = _student(config, teacher, row)  # what does not fit is refused before anything is written
     started = _begin(config, teacher, row, material, output, accelerator)
     device = accelerator.device
     parts = config.parts(accelerator.num_processes)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     pairs = taps(teacher.unet.config, row.removal)
-    student = Tapped(_student(config, teacher, row).train(), [tap.student for tap in pairs])
+    student = Tapped(bare.train(), [tap.student for tap in pairs])
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
     guide = Tapped(_frozen(teacher.unet, device, dtype), [tap.teacher for tap in pairs])
@@ -106,7 +108,6 @@ def distill(
         made_on=started,
         on_step=skips.check,
     )
-    accelerator.end_training()
     skips.gather()
     if accelerator.is_main_process:
         finish.publish(
@@ -117,6 +118,7 @@ def distill(
             mixed_precision=str(accelerator.mixed_precision),
         )
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # last: it ends the processes' group
     return output / "checkpoint"
 
 
