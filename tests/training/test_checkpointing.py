@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -108,3 +112,61 @@ def test_an_optimizer_comes_back_exactly():
 def test_weights_of_another_model_are_refused_by_name():
     with pytest.raises(ResumeError, match="weight"):
         checkpointing.restore_module(nn.Linear(3, 2), {**nn.Linear(3, 2).state_dict(), "weight": torch.zeros(4, 4)})
+
+
+_SHARDED = """
+import sys
+sys.path[:0] = {path!r}
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from bksdm_training import checkpointing
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+def train(model, optimizer, steps):
+    for step in steps:
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+model, optimizer = build()
+train(model, optimizer, range(3))
+weights = checkpointing.module_tensors(model)
+moments = checkpointing.optimizer_tensors(model, optimizer)
+train(model, optimizer, range(3, 6))
+whole = checkpointing.module_tensors(model)
+again, optimizer = build()
+checkpointing.restore_module(again, weights)
+checkpointing.restore_optimizer(again, optimizer, moments)
+train(again, optimizer, range(3, 6))
+broken = checkpointing.module_tensors(again)
+if dist.get_rank() == 0:
+    assert len(weights) == 4 and len(moments) == 12, (len(weights), len(moments))
+    assert weights["0.weight"].shape == (8, 6)  # whole, not a shard of it
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+else:
+    assert not weights  # only the main process need have it
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_model_and_its_optimizer_come_back_exactly(tmp_path):
+    """FSDP2 on two processes. Not shown: a whole distillation under it, which accelerate does on GPUs alone."""
+    program = tmp_path / "sharded.py"
+    program.write_text(_SHARDED.format(path=sys.path))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    made = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert made.returncode == 0, made.stderr

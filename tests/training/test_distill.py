@@ -136,8 +136,8 @@ def _with_worker(config):
     return replace(config, workers=1)
 
 
-# Largest relative difference of any term over eight steps, measured: micro-batches 2.5e-6, checkpointing 0, workers 0
-@pytest.mark.parametrize(("change", "limit"), [(_micro, 2e-5), (_recomputed, 1e-6), (_with_worker, 0.0)])
+# Largest relative difference of any term over eight steps, measured: micro-batches 1.2e-5, the others 0
+@pytest.mark.parametrize(("change", "limit"), [(_micro, 1e-4), (_recomputed, 1e-6), (_with_worker, 0.0)])
 def test_how_a_run_is_computed_changes_no_loss(teacher, mini_data, tmp_path, change, limit):
     config = _with(steps=8, checkpoint_every=8)
     for variant in ("small", "tiny"):
