@@ -1,6 +1,6 @@
 # make run PROMPT="a red apple"    a picture from the demo model, torch-free
 # make test                        the development environment and every quick test
-# make check, slow, wheel-check, newest-check, demo: see each
+# make check, slow, gpu-check, wheel-check, newest-check, demo: see each
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PROMPT ?= a red apple
 export OUTPUT ?= out/picture.png
@@ -10,7 +10,7 @@ DEV := .venv
 NEWEST := .venv-newest
 BIN := $(DEV)/bin
 
-.PHONY: run test check format lint types contracts slow wheel-check newest-check demo clean
+.PHONY: run test check format lint types contracts slow gpu-check wheel-check newest-check demo clean
 
 run: $(RUN)/.ready
 	@mkdir -p "$$(dirname "$$OUTPUT")"
@@ -35,6 +35,9 @@ contracts: $(DEV)/.ready
 
 slow: $(DEV)/.ready           # full-size graphs, kills, whole trainings: minutes and gigabytes
 	$(BIN)/python -m pytest -m slow $(SLOW)
+
+gpu-check: $(DEV)/.ready      # what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
 
 wheel-check: $(DEV)/.ready    # what a user installs: the wheel with one extra, in an empty environment, on each Python
 	DEV="$(DEV)" bash .ci/wheel-check

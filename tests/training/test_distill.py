@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -268,13 +269,35 @@ def test_bf16_trains_float32_weights(teacher, mini_data, tmp_path):
     state = _newest(tmp_path)
     assert {value.dtype for key, value in state.items() if key.startswith(("weights:", "ema:"))} == {torch.float32}
     exact = tmp_path / "exact"
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     _run(teacher, mini_data / "train", exact)
     worst = _difference(_log(exact), _log(tmp_path))
 
     assert worst < 0.3  # measured 0.10, of one feature term
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none")
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_run_on_cuda_ends_in_a_checkpoint_and_goes_on(teacher, mini_data, tmp_path, precision, recomputed):
+    for steps in (4, 6):
+        config = replace(_with(steps=steps), shown=2, gradient_checkpointing=recomputed, workers=1)
+        folder = _run(teacher, mini_data / "train", tmp_path, config, "tiny", Accelerator(mixed_precision=precision))
+    assert [row["step"] for row in _log(tmp_path)] == list(range(1, 7))
+    assert all(tensor.isfinite().all() for tensor in checkpoint.load(str(folder)).unet.state_dict().values())
+    facts = json.loads((tmp_path / "training.json").read_text())
+    assert facts["device"] == torch.cuda.get_device_name()
+    assert facts["mixed_precision"] == precision
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none")
+def test_cuda_has_the_losses_of_a_cpu(teacher, mini_data, tmp_path):
+    _run(teacher, mini_data / "train", tmp_path / "cuda", accelerator=Accelerator())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    _run(teacher, mini_data / "train", tmp_path / "cpu")
+    assert _difference(_log(tmp_path / "cpu"), _log(tmp_path / "cuda")) < 0.02  # TF32 has ten bits; not run yet
 
 
 _PROGRAM = """

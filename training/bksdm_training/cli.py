@@ -59,7 +59,7 @@ def data(output: Path, sources: str, groups: str | None, size: int) -> None:
 @commands.command()
 @click.option("--data", "folder", type=click.Path(path_type=Path), required=True, help="From bksdm-train data.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--preset", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--preset", type=click.Choice(["auto", "cpu", "family", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--init",
     metavar="CHECKPOINT",
@@ -91,8 +91,9 @@ def teacher(
     if kind == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("--preset cuda needs a CUDA device and torch sees none: use --preset cpu")
     config = with_changes(PRESETS[kind], vae_steps, unet_steps, batch_size)
+    device = torch.device("cuda" if kind == "cuda" else "cpu")
     with _errors_said():
-        made = train_teacher(config, folder, output, torch.device(kind), init=init)
+        made = train_teacher(config, folder, output, device, init=init)
     click.echo(made)
 
 
