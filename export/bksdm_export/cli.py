@@ -19,6 +19,7 @@ _PROGRAM = "bksdm-export"
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _DEFAULT_VARIANT = "small"
 _WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".pkl")
+_LORA_FILE = "pytorch_lora_weights.safetensors"  # bksdm.lora.FILE, which needs torch
 # What the export extra brings.
 _EXTRA = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 
@@ -41,6 +42,13 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     help="A diffusers folder, a .safetensors file, 'demo' or 'random'.  [default: the variant's own, from the Hub]",
 )
 @click.option("--unet", metavar="DIR", help="A trained U-Net to lay over the weights.")
+@click.option(
+    "--lora", "loras", metavar="FILE", multiple=True, help="A LoRA to merge, or its folder; again for more, in order."
+)
+@click.option(
+    "--lora-scale", "scales", metavar="SCALE", type=float, multiple=True, help="Of each --lora, in order.  [default: 1]"
+)
+@click.option("--lora-partial", is_flag=True, help="Merge what fits of a LoRA for the full model.")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit on the Hub.")
 @click.option("--allow-pickle", is_flag=True, help="Read .bin and .ckpt files too (weights only).")
 @click.option("--seed", type=click.IntRange(min=0), help="Of --weights random.  [default: 0]")
@@ -78,6 +86,9 @@ def command(
     variant: str | None,
     weights: str | None,
     unet: str | None,
+    loras: tuple[str, ...],
+    scales: tuple[float, ...],
+    lora_partial: bool,
     revision: str | None,
     allow_pickle: bool,
     seed: int | None,
@@ -94,11 +105,17 @@ def command(
     bksdm-export --variant small
     bksdm-export --variant tiny --precision fp16 -o out/tiny-fp16
     bksdm-export --weights my-checkpoint/ --unet runs/student/unet
+    bksdm-export --variant small --lora runs/dog --lora-scale 0.8
     """
     if seed is not None and weights != "random":
         raise click.UsageError("--seed draws the weights of --weights random, and these are not drawn: leave it out")
     if revision is not None and weights is not None:
         raise click.UsageError(f"--revision names a commit on the Hub, and {weights} is not from there: leave it out")
+    if scales and len(scales) != len(loras):
+        raise click.UsageError(
+            f"{len(loras)} --lora and {len(scales)} --lora-scale: give every file its scale, in the same order, or none"
+        )
+    merged = tuple(zip(loras, scales or [1.0] * len(loras), strict=True))
     _log_to_stderr(verbose)
     # At its import diffusers reports which of several optimum distributions it picked: nothing for our users.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -126,7 +143,14 @@ def command(
         variant = _DEFAULT_VARIANT
     if output is None:
         output = default_output(
-            variant, weights, unet=unet, revision=revision, seed=seed, precision=precision, storage=storage
+            variant,
+            weights,
+            unet=unet,
+            loras=merged,
+            revision=revision,
+            seed=seed,
+            precision=precision,
+            storage=storage,
         )
     try:
         request = ExportRequest(
@@ -134,6 +158,8 @@ def command(
             variant=variant,
             weights=weights,
             unet=unet,
+            loras=merged,
+            lora_partial=lora_partial,
             revision=revision,
             allow_pickle=allow_pickle,
             seed=0 if seed is None else seed,
@@ -156,6 +182,7 @@ def default_output(
     weights: str | None,
     *,
     unet: str | None = None,
+    loras: Sequence[tuple[str, float]] = (),
     revision: str | None = None,
     seed: int | None = None,
     precision: str = "fp32",
@@ -178,6 +205,8 @@ def default_output(
         name += f"@{revision.replace('/', '-')}"
     if unet is not None:
         name += f"-unet-{_name(unet)}"
+    for file, scale in loras:
+        name += f"-lora-{_name(file)}" + ("" if scale == 1 else f"@{scale:g}")
     if precision != "fp32":
         name += f"-{precision}"
     if storage not in (None, precision):
@@ -189,6 +218,8 @@ def _name(path: str) -> str:
     """The last name in the path of weights that says something, without a file's suffix."""
     # abspath, for "." and ".." have no name; and not resolve: links in the Hub's cache lead to files named by a hash.
     absolute = Path(os.path.abspath(path))  # noqa: PTH100
+    if absolute.name == _LORA_FILE:
+        absolute = absolute.parent
     if absolute.suffix in _WEIGHT_SUFFIXES:
         return absolute.stem
     if absolute.name == "unet":  # of a whole checkpoint

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bksdm import checkpoint as checkpoints
+from bksdm import lora
 from bksdm.checkpoint import Checkpoint
 from bksdm_export import bundle_files, graphs, report, to_onnx
 from bksdm_export.divergence import Divergence, first_divergence
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 class ExportRequest:
     """What to export and how; weights, unet, revision, allow_pickle and seed as bksdm.checkpoint.load takes them.
 
+    loras: files with the scale of each, merged in this order; lora_partial: as bksdm.lora.merge takes it.
     precision: of the graphs' arithmetic; storage: of the weights on disk, None for that of the arithmetic.
     depth: of the verification, one of DEPTHS. force: replace an older bundle at `output`; of a link, the one that it
     names. Raises ExportError for a choice that there is not.
@@ -53,6 +55,8 @@ class ExportRequest:
     revision: str | None = None
     allow_pickle: bool = False
     seed: int = 0
+    loras: tuple[tuple[str, float], ...] = ()
+    lora_partial: bool = False
     precision: str = "fp32"
     storage: str | None = None
     depth: str = "quick"
@@ -164,8 +168,8 @@ def export_graph(
 
 
 def load(request: ExportRequest) -> Checkpoint:
-    """The checkpoint that a request names. Raises CheckpointError."""
-    return checkpoints.load(
+    """The checkpoint that a request names, its LoRAs merged. Raises CheckpointError."""
+    whole = checkpoints.load(
         request.weights,
         variant=request.variant,
         revision=request.revision,
@@ -173,6 +177,9 @@ def load(request: ExportRequest) -> Checkpoint:
         allow_pickle=request.allow_pickle,
         seed=request.seed,
     )
+    for file, scale in request.loras:
+        whole = lora.merge(whole, Path(file), scale, partial=request.lora_partial)
+    return whole
 
 
 def _round(checkpoint: Checkpoint) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,12 @@ def test_an_export_prints_a_table_and_the_path(
         (["--weights", "no/such/folder", "--seed", "0"], 2, "--seed draws the weights of --weights random"),
         (["--variant", "tiny", "--seed", "1"], 2, "--seed draws the weights of --weights random"),
         (["--weights", "demo", "--revision", "main"], 2, "--revision names a commit on the Hub"),
+        (
+            ["--lora", "a", "--lora", "b", "--lora-scale", "1"],
+            2,
+            "2 --lora and 1 --lora-scale: give every file its scale",
+        ),
+        (["--lora-scale", "1"], 2, "0 --lora and 1 --lora-scale"),
         (["--weights", "no/such/folder", "-o", "."], 1, "is the folder you are in"),
     ],
 )
@@ -179,11 +186,14 @@ def test_the_default_output_is_the_models_name(
         ({"revision": "refs/pr/3"}, "out/bk-sdm-tiny@refs-pr-3"),
         ({"unet": "runs/student"}, "out/bk-sdm-tiny-unet-student"),
         ({"unet": "runs/student/unet/"}, "out/bk-sdm-tiny-unet-student"),
+        ({"loras": [("runs/dog", 1.0)]}, "out/bk-sdm-tiny-lora-dog"),
+        ({"loras": [("runs/dog/pytorch_lora_weights.safetensors", 0.5), ("ink.safetensors", -1.0)]},
+         "out/bk-sdm-tiny-lora-dog@0.5-lora-ink@-1"),
         ({"unet": "runs/student/unet", "revision": "v2", "storage": "fp16"},
          "out/bk-sdm-tiny@v2-unet-student-stored-fp16"),
     ],
 )  # fmt: skip
-def test_what_makes_another_model_makes_another_default_output(options: dict[str, str], expected: str) -> None:
+def test_what_makes_another_model_makes_another_default_output(options: dict[str, Any], expected: str) -> None:
     assert cli.default_output("tiny", None, **options) == Path(expected)
 
 
@@ -207,6 +217,13 @@ def test_every_option_reaches_the_request_and_the_default_output(
 
     monkeypatch.setattr(recipe, "export_variant", refused)
     common = ["--storage", "fp16", "--unet", "runs/student", "--verify", "full"]
+    loras = ["--lora", "a", "--lora-scale", "0.5", "--lora", "b", "--lora-scale", "2", "--lora-partial"]
+    assert cli.run(["--variant", "tiny", "--lora", "a", "--lora", "b"]) == 1
+    assert asked.pop().loras == (("a", 1.0), ("b", 1.0))
+    assert cli.run(["--variant", "tiny", *loras]) == 1
+    request = asked.pop()
+    assert (request.loras, request.lora_partial) == ((("a", 0.5), ("b", 2.0)), True)
+    assert request.output == Path("out/bk-sdm-tiny-lora-a@0.5-lora-b@2")
     assert cli.run(["--variant", "tiny", "--revision", "v2", *common, "--force", "--allow-pickle"]) == 1
     assert cli.run(["--variant", "tiny", "--weights", "random", "--seed", "7", *common]) == 1
     assert capsys.readouterr().err.endswith("bksdm-export: not now\n")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 import weakref
 from collections import namedtuple
 from collections.abc import Callable
@@ -21,6 +22,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bksdm.checkpoint import Checkpoint
 from bksdm.errors import CheckpointError
@@ -247,6 +250,52 @@ def test_weights_that_are_not_there_are_the_checkpoints_own_error(tmp_path: Path
     with pytest.raises(CheckpointError, match="nowhere"):
         export_variant(ExportRequest(tmp_path / "bundle", weights=str(tmp_path / "nowhere")))
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_is_the_model_with_its_loras(
+    build_smallest: Callable[..., Checkpoint], smallest_folder: Path, tmp_path: Path
+) -> None:
+    """Against diffusers' own pipeline, into which PEFT loads the same files."""
+    whole = build_smallest()
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in (("a", "attn1.to_q"), ("b", "attn2.to_out.0")):
+        key = f"unet.down_blocks.0.attentions.0.transformer_blocks.0.{layer}"
+        tensors = {f"{key}.lora.{role}.weight": torch.randn(shape, generator=generator)
+                   for role, shape in (("down", (2, 16)), ("up", (16, 2)))}  # fmt: skip
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "pytorch_lora_weights.safetensors")
+    loras = ((str(tmp_path / "a"), 1.0), (str(tmp_path / "b"), -0.5))
+    folder = export_variant(ExportRequest(tmp_path / "bundle", weights=str(smallest_folder), loras=loras))
+    source = bundles.load(folder).manifest.source
+    assert source.endswith(
+        "with LoRA a/pytorch_lora_weights.safetensors at scale 1, "
+        "with LoRA b/pytorch_lora_weights.safetensors at scale -0.5"
+    )
+    assert (folder / "LICENSE").read_text().startswith("Changed: the LoRA b/")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of a model that has another adapter already
+        pipeline = diffusers.StableDiffusionPipeline(
+            whole.vae, whole.text_encoder, whole.tokenizer, whole.unet,
+            diffusers.PNDMScheduler.from_config(whole.scheduler_config), None, None, requires_safety_checker=False,
+        )  # fmt: skip
+        for name in ("a", "b"):
+            pipeline.load_lora_weights(str(tmp_path / name), adapter_name=name)
+        pipeline.set_adapters(["a", "b"], [1.0, -0.5])
+    noisy, context = torch.randn((2, 4, 8, 8), generator=generator), torch.randn((2, 77, 32), generator=generator)
+    with torch.no_grad():
+        expected = pipeline.unet(noisy, torch.tensor([500, 500]), context).sample
+        pipeline.disable_lora()
+        plain = pipeline.unet(noisy, torch.tensor([500, 500]), context).sample
+    session = onnxruntime.InferenceSession(folder / "unet" / "model.onnx", providers=["CPUExecutionProvider"])
+    given = {
+        "sample": noisy.numpy(),
+        "timestep": np.array([500.0, 500.0], np.float32),
+        "encoder_hidden_states": context.numpy(),
+    }
+    [found] = session.run(None, given)
+    assert (expected - plain).abs().max() > 0.05
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=8e-6)  # measured 8.9e-7
 
 
 def test_an_export_killed_while_it_writes_leaves_no_bundle(smallest_folder: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from bksdm import checkpoint
 from bksdm_training import cache
 from bksdm_training.config import DistillConfig, LoopConfig
 from bksdm_training.data import DataError
-from bksdm_training.distill import Inputs
 from bksdm_training.examples import Feed
+from bksdm_training.inputs import Inputs
 from bksdm_training.material import open_material
 from bksdm_training.records import ResumeError
 from bksdm_training.sources import open_source

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from bksdm import checkpoint
 from bksdm.errors import IncompatibleTeacher
 from bksdm.variants import VARIANTS
-from bksdm_training import distill as module
-from bksdm_training import loop
+from bksdm_training import loop, runs
 from bksdm_training.config import DistillConfig, LoopConfig
 from bksdm_training.data import DataError
-from bksdm_training.distill import Inputs, distill
+from bksdm_training.distill import distill
+from bksdm_training.inputs import Inputs
 from bksdm_training.losses import LossWeights
 from bksdm_training.material import open_material
 from bksdm_training.records import ResumeError
@@ -256,7 +256,7 @@ def test_broken_pictures_are_skipped_and_counted(teacher, mini_data, tmp_path, c
 
 
 def test_too_many_broken_pictures_end_the_run(teacher, mini_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHECK_SKIPS_EVERY", 2)
+    monkeypatch.setattr(runs, "CHECK_SKIPS_EVERY", 2)
     data = shutil.copytree(mini_data, tmp_path / "data")
     for i in range(6):
         (data / "train" / f"{i}.png").write_bytes(b"cut")

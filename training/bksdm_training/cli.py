@@ -97,37 +97,68 @@ def teacher(
     click.echo(made)
 
 
-def _of_the_teacher(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that say which model the teacher is, and where it runs."""
-    options = (
-        click.option(
-            "--teacher",
-            metavar="CHECKPOINT",
-            help="A diffusers folder, a .safetensors file, demo, or random.  [default: its own, from the Hub]",
-        ),
-        click.option(
-            "--teacher-variant",
-            type=click.Choice(TEACHERS),
-            help="What the teacher is, where a single file does not say it.",
-        ),
-        click.option("--revision", help="Commit, branch or tag on the Hub."),
-        click.option("--allow-pickle", is_flag=True, help="Also read .bin and .ckpt files, as plain tensors only."),
-        click.option("--cpu", is_flag=True, help="Not on the GPU."),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads."),
-        click.option(
-            "--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read data."
-        ),
-        click.option(
-            "--skip-limit",
-            type=click.FloatRange(0, 1),
-            default=0.01,
-            show_default=True,
-            help="Share of unusable examples that is skipped rather than an error.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+def _with_options(*options: Callable[[Any], Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Options that several commands have, in this order."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+# Where weights come from, and where and how data is read.
+_SOURCES = (
+    click.option("--revision", help="Commit, branch or tag on the Hub."),
+    click.option("--allow-pickle", is_flag=True, help="Also read .bin and .ckpt files, as plain tensors only."),
+    click.option("--cpu", is_flag=True, help="Not on the GPU."),
+    click.option("--threads", type=click.IntRange(1), help="CPU threads."),
+    click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read data."),
+    click.option(
+        "--skip-limit",
+        type=click.FloatRange(0, 1),
+        default=0.01,
+        show_default=True,
+        help="Share of unusable examples that is skipped rather than an error.",
+    ),
+)
+_of_the_teacher = _with_options(
+    click.option(
+        "--teacher",
+        metavar="CHECKPOINT",
+        help="A diffusers folder, a .safetensors file, demo, or random.  [default: its own, from the Hub]",
+    ),
+    click.option(
+        "--teacher-variant",
+        type=click.Choice(TEACHERS),
+        help="What the teacher is, where a single file does not say it.",
+    ),
+    *_SOURCES,
+)
+_of_the_schedule = _with_options(
+    click.option("--warmup", type=click.IntRange(0), default=0, help="Steps of rising learning rate."),
+    click.option(
+        "--decay-share", type=click.FloatRange(0, 1), default=0.0, help="Share of steps, the last ones, of falling."
+    ),
+    click.option("--weight-decay", type=float, default=1e-2),
+    click.option("--clip", type=float, default=1.0, help="Norm of the gradient."),
+)
+_of_the_run = _with_options(
+    click.option("--caption-dropout", type=click.FloatRange(0, 1), default=0.0),
+    click.option("--seed", type=click.IntRange(0), default=1234),
+    click.option(
+        "--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), help="[default: as accelerate is configured]"
+    ),
+    click.option("--gradient-checkpointing", is_flag=True, help="Less memory for a third more computing."),
+    click.option("--keep", type=click.IntRange(1), default=2, help="States on disk."),
+    click.option("--shown", type=click.IntRange(0, 8), default=4, help="Captions drawn at each checkpoint."),
+)
+_micro_batch = click.option(
+    "--micro-batch", type=click.IntRange(1), help="Pictures a process takes at once; the rest accumulates."
+)
+_LOOP = "steps learning_rate warmup decay_share weight_decay clip ema_decay seed checkpoint_every keep"
+_RUN = "flip caption_dropout micro_batch gradient_checkpointing workers skip_limit shown"
 
 
 @commands.command(context_settings={"show_default": True})
@@ -143,34 +174,22 @@ def _of_the_teacher(command: Callable[..., None]) -> Callable[..., None]:
 @_of_the_teacher
 @click.option("--steps", type=click.IntRange(1), default=50_000)
 @click.option("--batch-size", type=click.IntRange(1), help="Pictures a step, all processes.  [default: 256; v2: 128]")
-@click.option("--micro-batch", type=click.IntRange(1), help="Pictures a process takes at once; the rest accumulates.")
+@_micro_batch
 @click.option("--size", type=click.IntRange(64), help="Pixels, square.  [default: the teacher's]")
 @click.option(
     "--start", type=click.Choice(["teacher", "random"]), default="teacher", help="The student's first weights."
 )
 @click.option("--learning-rate", type=float, default=5e-5)
-@click.option("--warmup", type=click.IntRange(0), default=0, help="Steps of rising learning rate.")
-@click.option(
-    "--decay-share", type=click.FloatRange(0, 1), default=0.0, help="Share of steps, the last ones, of falling."
-)
-@click.option("--weight-decay", type=float, default=1e-2)
-@click.option("--clip", type=float, default=1.0, help="Norm of the gradient.")
+@_of_the_schedule
 @click.option("--ema-decay", type=click.FloatRange(0, 1, max_open=True), default=0.9999)
 @click.option("--task-weight", type=click.FloatRange(0), default=1.0, help="Of the noise itself.")
 @click.option("--output-weight", type=click.FloatRange(0), default=1.0, help="Of the teacher's prediction.")
 @click.option("--feature-weight", type=click.FloatRange(0), default=1.0, help="Of the teacher's features.")
 @click.option("--snr-gamma", type=float, help="Weigh timesteps by min(SNR + 1, gamma) / SNR.  [default: all alike]")
 @click.option("--flip/--no-flip", default=True, help="Mirror half of the pictures.")
-@click.option("--caption-dropout", type=click.FloatRange(0, 1), default=0.0)
-@click.option("--seed", type=click.IntRange(0), default=1234)
-@click.option(
-    "--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), help="[default: as accelerate is configured]"
-)
-@click.option("--gradient-checkpointing", is_flag=True, help="Less memory for a third more computing.")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile of the repeated blocks.")
 @click.option("--checkpoint-every", type=click.IntRange(1), default=5000, help="Steps.")
-@click.option("--keep", type=click.IntRange(1), default=2, help="States on disk.")
-@click.option("--shown", type=click.IntRange(0, 8), default=4, help="Captions drawn at each checkpoint.")
+@_of_the_run
 def distill(variant: str, folder: Path, output: Path, batch_size: int | None, size: int | None, **options: Any) -> None:
     """Distil a compressed student; run again after a kill to go on.
 
@@ -193,10 +212,7 @@ def distill(variant: str, folder: Path, output: Path, batch_size: int | None, si
                 loop=LoopConfig(
                     batch_size=batch_size or (V2_BATCH if row.family == "v2" else 256),
                     fused=True,
-                    **_named(
-                        options,
-                        "steps learning_rate warmup decay_share weight_decay clip ema_decay seed checkpoint_every keep",
-                    ),
+                    **_named(options, _LOOP),
                 ),
                 weights=LossWeights(
                     task=options["task_weight"],
@@ -204,10 +220,7 @@ def distill(variant: str, folder: Path, output: Path, batch_size: int | None, si
                     feature=options["feature_weight"],
                     snr_gamma=options["snr_gamma"],
                 ),
-                **_named(
-                    options,
-                    "start flip caption_dropout micro_batch gradient_checkpointing compiled workers skip_limit shown",
-                ),
+                **_named(options, f"start compiled {_RUN}"),
             )
             config.parts(accelerator.num_processes)
         except ValueError as error:
@@ -252,6 +265,119 @@ def cache(folder: Path, output: Path, variant: str, size: int | None, **options:
         )
     if accelerator.is_main_process:
         click.echo(output)
+
+
+@commands.command(context_settings={"show_default": True})
+@click.option(
+    "--data",
+    "folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Pictures with captions, as distill takes them; with --instance-prompt, a plain folder of pictures.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option(
+    "--weights",
+    metavar="CHECKPOINT",
+    help="What is adapted: a diffusers folder, a .safetensors file, demo or random.  "
+    "[default: the variant's own, from the Hub]",
+)
+@click.option("--variant", type=click.Choice(tuple(VARIANTS)), help="Which model.  [default: small, or what it is]")
+@_with_options(*_SOURCES)
+@click.option("--instance-prompt", metavar="TEXT", help='The subject\'s own: "a photo of sks dog" (DreamBooth).')
+@click.option("--class-prompt", metavar="TEXT", help='Its class: "a photo of a dog". Half of each batch keeps it.')
+@click.option(
+    "--class-data", type=click.Path(path_type=Path), help="Pictures of the class.  [default: the model draws]"
+)
+@click.option("--class-count", type=click.IntRange(1), help="How many the model draws.  [default: 100]")
+@click.option("--prior-weight", type=click.FloatRange(0), default=1.0, help="Of the loss on class pictures.")
+@click.option("--rank", type=click.IntRange(1), default=8, help="Of the adapters.")
+@click.option("--alpha", type=click.FloatRange(0, min_open=True), help="Adapters count alpha / rank.  [default: rank]")
+@click.option("--text-encoder", is_flag=True, help="Adapt the text encoder too.")
+@click.option("--steps", type=click.IntRange(1), default=1000)
+@click.option("--batch-size", type=click.IntRange(1), default=4, help="Pictures a step, all processes.")
+@_micro_batch
+@click.option("--size", type=click.IntRange(64), help="Pixels, square.  [default: the model's]")
+@click.option("--learning-rate", type=float, default=1e-4)
+@_of_the_schedule
+@click.option("--ema-decay", type=click.FloatRange(0, 1, max_open=True), default=0.999)
+@click.option("--flip/--no-flip", default=False, help="Mirror half of the pictures.")
+@click.option("--checkpoint-every", type=click.IntRange(1), default=250, help="Steps.")
+@_of_the_run
+@click.option("--validation-prompt", "prompts", metavar="TEXT", multiple=True, help="Draw this instead of captions.")
+def lora(
+    folder: Path,
+    output: Path,
+    weights: str | None,
+    variant: str | None,
+    size: int | None,
+    alpha: float | None,
+    prompts: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Fine-tune a model by low-rank adapters (LoRA); run again after a kill to go on.
+
+    OUTPUT/pytorch_lora_weights.safetensors is for bksdm-export --lora OUTPUT, and for diffusers' load_lora_weights.
+    On several GPUs: accelerate launch -m bksdm_training lora ...
+
+    \b
+    bksdm-train lora --variant small --data pictures/ -o runs/style
+    bksdm-train lora --variant small --data dog/ --instance-prompt "a photo of sks dog" \\
+        --class-prompt "a photo of a dog" -o runs/dog
+    """
+    _check_prompts(options)
+    import torch
+
+    from bksdm import checkpoint
+    from bksdm_training.config import AdaptConfig, LoopConfig
+    from bksdm_training.lora import adapt
+    from bksdm_training.material import open_material, open_subject
+    from bksdm_training.prior import draw_class
+
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    if variant is None and weights in (None, "random"):
+        variant = "small"
+    of_class = options["class_prompt"]
+    with _errors_said():
+        accelerator = _accelerator(options["cpu"], options["mixed_precision"], output)
+        base = checkpoint.load(weights, variant=variant, **_named(options, "revision allow_pickle"))
+        try:
+            config = AdaptConfig(
+                size=size or base.image_size,
+                loop=LoopConfig(fused=True, **_named(options, f"batch_size {_LOOP}")),
+                alpha=options["rank"] if alpha is None else alpha,
+                prior_weight=options["prior_weight"] if of_class else None,
+                **_named(options, f"rank text_encoder {_RUN}"),
+            )
+            config.parts(accelerator.num_processes)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        if prompt := options["instance_prompt"]:
+            classes = options["class_data"]
+            if of_class and classes is None:
+                count = options["class_count"] or 100  # diffusers' scripts' own
+                classes = draw_class(base, of_class, count, config.size, output / "class", accelerator)
+            material = open_subject(folder, prompt, base, config, prior=(classes, of_class) if of_class else None)
+        else:
+            material = open_material(folder, base, config, index=output / "index.json")
+        made = adapt(config, base, material, output, accelerator, prompts=prompts)
+    if accelerator.is_main_process:
+        click.echo(made)
+
+
+def _check_prompts(options: dict[str, Any]) -> None:
+    """DreamBooth's options are of no use one without the other. Raises UsageError."""
+    for name, needed in (
+        ("class_prompt", "instance_prompt"),
+        ("class_data", "class_prompt"),
+        ("class_count", "class_prompt"),
+    ):
+        if options[name] is not None and options[needed] is None:
+            given, wanted = (f"--{option.replace('_', '-')}" for option in (name, needed))
+            raise click.UsageError(f"{given} needs {wanted} beside it")
+    if options["class_data"] is not None and options["class_count"] is not None:
+        raise click.UsageError("--class-count is of pictures that the model draws, and --class-data has some: name one")
 
 
 def _named(options: dict[str, Any], names: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""How a student is distilled, and what a demo teacher is and how it is trained: frozen settings, validated once."""
+"""How a student is distilled or fine-tuned, and what a demo teacher is and how it is trained: frozen settings,
+validated once."""
 
 from __future__ import annotations
 
@@ -123,41 +124,25 @@ def with_changes(
 
 
 @dataclass(frozen=True)
-class DistillConfig:
-    """One distillation. The defaults are those of BK-SDM's published run (its repository; paper, section 4.1).
+class RunConfig:
+    """What every run on captioned pictures is told.
 
-    size: px, square. start: "teacher" copies the weights that block removal keeps, "random" draws new ones.
-    micro_batch: pictures that one process takes at a time; None takes its whole share of a step. compiled: repeated
-    blocks of both U-Nets through torch.compile. skip_limit: share of unusable examples that is borne."""
+    size: px, square. micro_batch: pictures that one process takes at a time; None takes its whole share of a step.
+    skip_limit: share of unusable examples that is borne. shown: pictures in the grid of a checkpoint; 0 draws none."""
 
+    loop: LoopConfig
     size: int = 512
-    loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(
-            steps=50_000,
-            batch_size=256,
-            learning_rate=5e-5,
-            warmup=0,
-            decay_share=0.0,
-            ema_decay=0.9999,
-            checkpoint_every=5000,
-        )
-    )
-    weights: LossWeights = field(default_factory=LossWeights)
-    start: str = "teacher"
     flip: bool = True
     caption_dropout: float = 0.0
     micro_batch: int | None = None
     gradient_checkpointing: bool = False
-    compiled: bool = False
     workers: int = 0
     skip_limit: float = 0.01
-    shown: int = 4  # pictures in the grid of a checkpoint; 0 draws none
+    shown: int = 4
 
     def __post_init__(self) -> None:
         if self.size < 64 or self.size % 8:
             raise ValueError(f"size must be a multiple of 8 px, 64 or more, not {self.size}")
-        if self.start not in ("teacher", "random"):
-            raise ValueError(f"start is teacher or random, not {self.start!r}")
         if not 0 <= self.caption_dropout <= 1 or not 0 <= self.skip_limit <= 1:
             raise ValueError("caption_dropout and skip_limit are shares, 0 to 1")
 
@@ -171,3 +156,58 @@ class DistillConfig:
                 f"take a batch size that is a multiple of {micro * processes}"
             )
         return batch // (micro * processes)
+
+
+@dataclass(frozen=True)
+class DistillConfig(RunConfig):
+    """One distillation. The defaults are those of BK-SDM's published run (its repository; paper, section 4.1).
+
+    start: "teacher" copies the weights that block removal keeps, "random" draws new ones. compiled: repeated blocks of
+    both U-Nets through torch.compile."""
+
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(
+            steps=50_000,
+            batch_size=256,
+            learning_rate=5e-5,
+            warmup=0,
+            decay_share=0.0,
+            ema_decay=0.9999,
+            checkpoint_every=5000,
+        )
+    )
+    weights: LossWeights = field(default_factory=LossWeights)
+    start: str = "teacher"
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start not in ("teacher", "random"):
+            raise ValueError(f"start is teacher or random, not {self.start!r}")
+
+
+@dataclass(frozen=True)
+class AdaptConfig(RunConfig):
+    """One fine-tuning by low-rank adapters.
+
+    text_encoder: adapt it too. prior_weight: of the loss on class pictures (DreamBooth's prior preservation, arXiv
+    2208.12242), which are half of every batch; None where there are none."""
+
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(
+            steps=1000, batch_size=4, learning_rate=1e-4, warmup=0, decay_share=0.0, checkpoint_every=250
+        )
+    )
+    rank: int = 8
+    alpha: float = 8.0
+    text_encoder: bool = False
+    prior_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if self.prior_weight is not None and self.loop.batch_size % 2:
+            raise ValueError(
+                f"a batch of {self.loop.batch_size} has no halves for instance and class pictures: take an even one"
+            )

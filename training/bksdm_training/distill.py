@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-from torch import IntTensor, Tensor, nn
+from torch import Tensor, nn
 
 from bksdm import block_removal, checkpoint, licence
 from bksdm.checkpoint import Checkpoint
 from bksdm.sampling import sample
 from bksdm.unet import build_unet, unet_config
 from bksdm.variants import Variant
-from bksdm_training import checkpointing, loop, records
+from bksdm_training import checkpointing, loop, records, runs
 from bksdm_training.charts import save_curve, save_grid
 from bksdm_training.checkpointing import ResumeError
 from bksdm_training.config import DistillConfig
 from bksdm_training.denoiser import loss_weights
-from bksdm_training.examples import Batch, Feed
+from bksdm_training.examples import Feed
+from bksdm_training.inputs import Inputs, frozen
 from bksdm_training.losses import distillation_terms
 from bksdm_training.material import Material
-from bksdm_training.sources import Skips
 from bksdm_training.taps import Tapped, taps
-from bksdm_training.vae import encode_pixels
-
-logger = logging.getLogger(__name__)
-Module = TypeVar("Module", bound=nn.Module)
-# What may change between two calls that go on with one run: speed and memory, not what is learnt.
-FREE = ("micro_batch", "gradient_checkpointing", "compiled", "workers", "skip_limit", "shown")
-FREE_OF_LOOP = ("steps", "checkpoint_every", "keep", "accumulate", "fused")
-CHECK_SKIPS_EVERY = 20  # steps
-TELL_SKIPS = 20  # of a process, one by one; the rest are counted
 
 
 def distill(
@@ -66,7 +51,7 @@ def distill(
     student = Tapped(bare.train(), [tap.student for tap in pairs])
     if config.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
-    guide = Tapped(_frozen(teacher.unet, device, dtype), [tap.teacher for tap in pairs])
+    guide = Tapped(frozen(teacher.unet, device, dtype), [tap.teacher for tap in pairs])
     if config.compiled:
         for unet in (student.unet, guide.unet):
             compile_blocks(unet)
@@ -79,7 +64,7 @@ def distill(
         processes=accelerator.num_processes,
         workers=config.workers,
     )
-    skips = _SkipCount(material.lost, config.skip_limit)
+    skips = runs.SkipCount(material.lost, config.skip_limit)
     snr = config.weights.snr_gamma
     example_weights = None if snr is None else loss_weights(prepare.scheduler.alphas_cumprod, snr).to(device)
 
@@ -125,31 +110,16 @@ def distill(
 def _begin(
     config: DistillConfig, teacher: Checkpoint, row: Variant, material: Material, output: Path, accelerator: Accelerator
 ) -> str:
-    """Refuse what does not go with the run in `output`, in every process alike; a hash of what the run is made on."""
-    said: list[str | None] = [None]
-    settings = asdict(config)
-    for key in FREE:
-        del settings[key]
-    for key in FREE_OF_LOOP:
-        del settings["loop"][key]
-    parts = {"text_encoder": teacher.text_encoder, "unet": teacher.unet, "vae": teacher.vae}
+    """Refuse what does not go with the run in `output`; a hash of what the run is made on."""
     now: dict[str, object] = {
         "variant": row.name,
-        "settings": settings,
+        "settings": runs.settings(config),
         "data": {**material.about, "identity": material.examples.identity},
-        "teacher": {name: checkpointing.digest(part.state_dict()) for name, part in parts.items()},
+        "teacher": runs.digests(teacher),
     }
-    if accelerator.is_main_process:
-        try:
-            records.same_run(
-                output, now, {"variant": "--variant", "settings": "settings", "data": "data", "teacher": "teacher"}
-            )
-        except (ResumeError, OSError) as error:
-            said = [str(error)]
-    broadcast_object_list(said)
-    if said[0] is not None:
-        raise ResumeError(said[0])
-    return hashlib.sha256(json.dumps([now["data"], now["teacher"]], sort_keys=True).encode()).hexdigest()
+    said = {"variant": "--variant", "settings": "settings", "data": "data", "teacher": "teacher"}
+    runs.begin(output, now, said, accelerator)
+    return runs.made_on(now["data"], now["teacher"])
 
 
 def _student(config: DistillConfig, teacher: Checkpoint, row: Variant) -> UNet2DConditionModel:
@@ -159,51 +129,6 @@ def _student(config: DistillConfig, teacher: Checkpoint, row: Variant) -> UNet2D
     return build_unet(unet_config(teacher.unet.config, row.removal))
 
 
-def _frozen(module: Module, device: torch.device, dtype: torch.dtype = torch.float32) -> Module:
-    """The module where it is used; itself on a CPU, elsewhere a copy: the original is still saved and drawn with."""
-    placed = module if device.type == "cpu" and dtype == torch.float32 else copy.deepcopy(module)
-    # nn.Module's own: diffusers' warns of nothing that happens here
-    return cast(Module, nn.Module.to(placed, device=device, dtype=dtype).eval().requires_grad_(False))
-
-
-class Inputs:
-    """From a batch to what the U-Nets are given, with the teacher's frozen encoders, in float32 and without gradients.
-
-    Called with a Batch; returns noisy latents [B, 4, h, w], timesteps [B], context [B, 77, D] and the target [B, 4, h,
-    w]: the noise, or the velocity where the teacher predicts that."""
-
-    def __init__(self, teacher: Checkpoint, device: torch.device) -> None:
-        self.device, self.teacher = device, teacher
-        self.encoders: tuple[AutoencoderKL, Any] | None = None
-        self.scheduler = cast(DDPMScheduler, DDPMScheduler.from_config(teacher.scheduler_config))
-        self.scale = float(teacher.vae.config["scaling_factor"])
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with torch.autocast(self.device.type, enabled=False):
-            moments, context = self._encoded(batch)
-            mean, std = moments.chunk(2, 1)
-            latents = (mean + std * self._on(batch.latent_noise)) * self.scale
-            noise, timesteps = self._on(batch.noise), cast(IntTensor, self._on(batch.timesteps))
-            noisy = self.scheduler.add_noise(latents, noise, timesteps)
-            if self.scheduler.config["prediction_type"] == "v_prediction":
-                return noisy, timesteps, context, self.scheduler.get_velocity(latents, noise, timesteps)
-            return noisy, timesteps, context, noise
-
-    def _encoded(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if batch.moments is not None and batch.context is not None:
-            return self._on(batch.moments).float(), self._on(batch.context).float()
-        if batch.pixels is None or batch.ids is None:
-            raise ValueError("a batch holds pixels and ids, or moments and context")
-        if self.encoders is None:  # a cache needs neither, nor their memory
-            self.encoders = _frozen(self.teacher.vae, self.device), _frozen(self.teacher.text_encoder, self.device)
-        vae, text_encoder = self.encoders
-        return encode_pixels(vae, self._on(batch.pixels)), text_encoder(self._on(batch.ids)).last_hidden_state
-
-    def _on(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
-
-
 def compile_blocks(unet: UNet2DConditionModel) -> None:
     """torch.compile of every transformer and residual block in place: they are alike, so few compilations serve all.
 
@@ -211,38 +136,6 @@ def compile_blocks(unet: UNet2DConditionModel) -> None:
     for module in unet.modules():
         if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
             module.compile()
-
-
-class _SkipCount:
-    """Examples that could not be used, of all processes; every process ends where their share is too large."""
-
-    def __init__(self, lost: Skips, limit: float) -> None:
-        self.total, self.limit = copy.deepcopy(lost), limit
-        self.since = Skips()  # of this process, since they were last put together
-        self.told = 0
-
-    def add(self, batch: Batch) -> None:
-        self.since.add(batch.skipped, used=len(batch.timesteps))
-        for skip in batch.skipped:
-            self.told += 1
-            if self.told <= TELL_SKIPS:
-                logger.warning("skipped %s", skip)
-
-    def check(self, step: int) -> None:
-        """At the same steps in every process. Raises DataError."""
-        if step % CHECK_SKIPS_EVERY == 0:
-            self.gather()
-            self.total.check(self.limit)
-
-    def gather(self) -> None:
-        """Put together what all processes skipped."""
-        for skips in cast(list[Skips], gather_object([self.since])):
-            self.total.merge(skips)
-        self.since = Skips()
-
-    def summary(self) -> dict[str, object]:
-        """Counts by reason, for records."""
-        return {"seen": self.total.seen, "skipped": self.total.skipped, "reasons": dict(self.total.reasons)}
 
 
 class _Checkpoints:
@@ -320,9 +213,9 @@ class _Checkpoints:
         half = self.device.type == "cuda"
         with torch.autocast("cuda", torch.float16) if half else nullcontext():
             return sample(
-                _frozen(unet, self.device),
-                _frozen(self.teacher.text_encoder, self.device),
-                _frozen(self.teacher.vae, self.device),
+                frozen(unet, self.device),
+                frozen(self.teacher.text_encoder, self.device),
+                frozen(self.teacher.vae, self.device),
                 self.teacher.tokenizer,
                 self.teacher.scheduler_config,
                 self.captions,

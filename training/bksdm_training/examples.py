@@ -6,6 +6,7 @@ the number of processes, workers or accumulated parts, and goes on after a kill 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -117,6 +118,21 @@ class PictureExamples(Dataset[Batch]):
             noise=draw.noise[None],
             skipped=tuple(skipped),
         )
+
+
+class PairedExamples(Dataset[Batch]):
+    """Two sets in turn: even positions are of the first, odd ones of the second, so that every even batch, however it
+    is dealt out, holds both in equal parts."""
+
+    def __init__(self, first: Examples, second: Examples) -> None:
+        self.sets = (first, second)
+        self.identity = hashlib.sha256(f"{first.identity} {second.identity}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sets))
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.sets[position % 2][position // 2]
 
 
 class Feed:

@@ -8,6 +8,7 @@ from bksdm_training.data import DataError
 from bksdm_training.sources.folder import LISTINGS, open_folder
 from bksdm_training.sources.order import ShardOrder
 from bksdm_training.sources.picture import prepare
+from bksdm_training.sources.plain import open_plain
 from bksdm_training.sources.skips import BrokenExample, Skip, Skips, read_or_next
 from bksdm_training.sources.source import Example, Source
 from bksdm_training.sources.tar import COMPRESSED, open_tars
@@ -19,6 +20,7 @@ __all__ = [
     "Skip",
     "Skips",
     "Source",
+    "open_plain",
     "open_source",
     "prepare",
     "read_or_next",

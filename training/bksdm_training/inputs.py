@@ -1,0 +1,82 @@
+"""From a batch to what a U-Net is given, with the frozen encoders of a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import TypeVar, cast
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+from torch import IntTensor, Tensor, nn
+from transformers import CLIPTextModel
+
+from bksdm.checkpoint import Checkpoint
+from bksdm_training.examples import Batch
+from bksdm_training.vae import encode_pixels
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def frozen(module: Module, device: torch.device, dtype: torch.dtype = torch.float32) -> Module:
+    """The module where it is used; itself on a CPU, elsewhere a copy: the original is still saved and drawn with."""
+    placed = module if device.type == "cpu" and dtype == torch.float32 else copy.deepcopy(module)
+    # nn.Module's own: diffusers' warns of nothing that happens here
+    return cast(Module, nn.Module.to(placed, device=device, dtype=dtype).eval().requires_grad_(False))
+
+
+class Inputs:
+    """From a batch to what the U-Nets are given, with the teacher's frozen encoders, in float32 and without gradients.
+
+    Called with a Batch; returns noisy latents [B, 4, h, w], timesteps [B], context [B, 77, D] and the target [B, 4, h,
+    w]: the noise, or the velocity where the teacher predicts that."""
+
+    def __init__(self, teacher: Checkpoint, device: torch.device) -> None:
+        self.device, self.teacher = device, teacher
+        self.scheduler = cast(DDPMScheduler, DDPMScheduler.from_config(teacher.scheduler_config))
+        self.scale = float(teacher.vae.config["scaling_factor"])
+
+    # At their first use: a cache needs neither, nor their memory.
+    @cached_property
+    def _vae(self) -> AutoencoderKL:
+        return frozen(self.teacher.vae, self.device)
+
+    @cached_property
+    def _text_encoder(self) -> CLIPTextModel:
+        return frozen(self.teacher.text_encoder, self.device)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        noisy, timesteps, target = self.noised(batch)
+        return noisy, timesteps, self.context(batch), target
+
+    @torch.no_grad()
+    def noised(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps and target alone: for a text encoder that is trained along."""
+        with torch.autocast(self.device.type, enabled=False):
+            mean, std = self._moments(batch).chunk(2, 1)
+            latents = (mean + std * self._on(batch.latent_noise)) * self.scale
+            noise, timesteps = self._on(batch.noise), cast(IntTensor, self._on(batch.timesteps))
+            noisy = self.scheduler.add_noise(latents, noise, timesteps)
+            if self.scheduler.config["prediction_type"] == "v_prediction":
+                return noisy, timesteps, self.scheduler.get_velocity(latents, noise, timesteps)
+            return noisy, timesteps, noise
+
+    @torch.no_grad()
+    def context(self, batch: Batch) -> Tensor:
+        """The text embeddings [B, 77, D]."""
+        if batch.context is not None:
+            return self._on(batch.context).float()
+        if batch.ids is None:
+            raise ValueError("a batch holds ids or context")
+        with torch.autocast(self.device.type, enabled=False):
+            return self._text_encoder(self._on(batch.ids)).last_hidden_state
+
+    def _moments(self, batch: Batch) -> Tensor:
+        if batch.moments is not None:
+            return self._on(batch.moments).float()
+        if batch.pixels is None:
+            raise ValueError("a batch holds pixels or moments")
+        return encode_pixels(self._vae, self._on(batch.pixels))
+
+    def _on(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
