@@ -10,6 +10,7 @@ writes all scores to docs/distillation.json. `table` puts them into docs/distill
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -102,6 +103,9 @@ def _run(chosen: argparse.Namespace) -> int:
     threads = [] if chosen.threads is None else [f"--threads={chosen.threads}"]
     scores: Path = chosen.output / "scores"
     scores.mkdir(parents=True, exist_ok=True)
+    if refusal := _another_run(chosen):
+        print(refusal, file=sys.stderr)
+        return 1
     cached = chosen.output / "cache"
     teacher = [f"--teacher={chosen.teacher}"]
 
@@ -137,8 +141,26 @@ def _run(chosen: argparse.Namespace) -> int:
                 done = done and score(str(run / "checkpoint"), name)
                 if done:
                     shutil.rmtree(run / "states")  # only a run that goes on needs them
-                    collect(chosen.output)
+    collect(chosen.output)
     return 0 if done else 1
+
+
+def _another_run(chosen: argparse.Namespace) -> str | None:
+    """Scores of other settings or another teacher must not come into the same table."""
+    weights = Path(chosen.teacher) / "unet" / "diffusion_pytorch_model.safetensors"
+    now = {
+        "steps": chosen.steps,
+        "count": chosen.count,
+        "settings": list(SETTINGS),
+        "teacher": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else chosen.teacher,
+    }
+    path: Path = chosen.output / "benchmark.json"
+    if not path.is_file():
+        path.write_text(json.dumps(now, indent=1) + "\n")
+        return None
+    then = json.loads(path.read_text())
+    others = [key for key in now if then.get(key) != now[key]]
+    return f"{chosen.output} holds runs with other {' and '.join(others)}: choose another --output" if others else None
 
 
 def name_of(variant: str, arm: str, seed: int) -> str:

@@ -85,6 +85,15 @@ def test_after_a_failure_it_goes_on_where_it_was(benchmark: dict[str, Any], tmp_
     assert len(scored) == len(set(scored)) == 10
 
 
+def test_other_settings_in_the_same_folder_are_refused(
+    benchmark: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark["main"].__globals__["_call"] = Calls()
+    assert benchmark["main"](_arguments(tmp_path)) == 0
+    assert benchmark["main"]([*_arguments(tmp_path), "--steps", "9"]) == 1
+    assert "holds runs with other steps: choose another --output" in capsys.readouterr().err
+
+
 def test_the_tables_show_means_spreads_and_wins(benchmark: dict[str, Any]) -> None:
     scores = {"teacher": _score(0.05)}
     for seed, (ours, task) in enumerate([(0.1, 0.2), (0.3, 0.2), (0.2, 0.4)]):

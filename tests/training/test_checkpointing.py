@@ -101,7 +101,8 @@ def test_an_optimizer_comes_back_exactly():
     module(x).sum().backward()
     ours.step()
     twin.load_state_dict(module.state_dict())
-    checkpointing.restore_optimizer(twin, theirs, checkpointing.optimizer_tensors(module, ours))
+    saved = {key: value.clone() for key, value in checkpointing.optimizer_tensors(module, ours).items()}
+    checkpointing.restore_optimizer(twin, theirs, saved)
     for net, optimizer in ((module, ours), (twin, theirs)):
         optimizer.zero_grad()
         net(x).square().sum().backward()

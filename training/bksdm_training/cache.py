@@ -5,15 +5,18 @@ with its SHA-256 beside it, and `cache.json` once it is whole."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from accelerate.utils import gather_object
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -21,9 +24,9 @@ from tqdm import tqdm
 from bksdm.checkpoint import Checkpoint
 from bksdm.packages import sha256
 from bksdm.sampling import embed
-from bksdm_training import checkpointing, records
+from bksdm_training import checkpointing, records, runs
 from bksdm_training.data import DataError
-from bksdm_training.examples import Batch, Drawing
+from bksdm_training.examples import Batch, Drawing, without_traceback
 from bksdm_training.sources import Example, ShardOrder, Skips, Source, prepare, read_or_next
 from bksdm_training.vae import encode_pixels, move
 
@@ -31,6 +34,7 @@ INDEX = "cache.json"
 FORMAT = 1
 EMPTY = "empty.safetensors"  # the embedding of the empty caption, for caption dropout
 _KEYS = {"size", "flip", "encoders", "shards", "source", "window", "shard_size", "captions", "licence"}
+HASHED_WHEN_OPENED = 4 * 2**30  # bytes: ten seconds
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -62,34 +66,36 @@ def build(
         "source": {"name": source.name, "identity": source.identity, "shards": list(source.shards)},
         "encoders": encoders(teacher),
     }
-    if accelerator.is_main_process:
-        records.same_run(
-            folder, begun, {key: {"encoders": "encoders", "source": "data"}.get(key, key) for key in begun}
-        )
-    accelerator.wait_for_everyone()
+    runs.begin(folder, begun, {key: {"source": "data"}.get(key, key) for key in begun}, accelerator)
     device = accelerator.device
     vae, text_encoder = move(teacher.vae, device), nn.Module.to(teacher.text_encoder, device)
     numbers = range(-(-len(source) // shard_size))
     own = [number for number in numbers if number % accelerator.num_processes == accelerator.process_index]
+    own_rows = {number: range(number * shard_size, min((number + 1) * shard_size, len(source))) for number in own}
+    skips, failed = copy.deepcopy(source.lost) if accelerator.is_main_process else Skips(), ""
     with tqdm(
-        total=len(source), unit="image", dynamic_ncols=True, disable=None if accelerator.is_main_process else True
+        total=sum(map(len, own_rows.values())),
+        unit="image",
+        dynamic_ncols=True,
+        disable=None if accelerator.is_main_process else True,
     ) as bar:
-        for number in own:
-            rows = range(number * shard_size, min((number + 1) * shard_size, len(source)))
-            if _finished(folder, number) is None:
-                read = _read(source, rows, size, flip=flip, batch_size=batch_size, workers=workers)
-                shard = _Shard(teacher, DTYPES[dtype])
-                for examples in read:
-                    shard.add(examples, vae, text_encoder)
-                    bar.update(len(examples.counts))
-                    shard.skips.check(skip_limit)
-                shard.write(folder, number)
-            else:
-                bar.update(len(rows))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _finish(folder, begun, numbers, teacher, source, skip_limit)
-    accelerator.wait_for_everyone()
+        try:
+            for number, rows in own_rows.items():
+                if (record := _finished(folder, number)) is None:
+                    shard = _Shard(teacher, DTYPES[dtype], skips)
+                    for examples in _read(source, rows, size, flip=flip, batch_size=batch_size, workers=workers):
+                        shard.add(examples, vae, text_encoder)
+                        bar.update(len(examples.counts))
+                        skips.check(skip_limit)
+                    shard.write(folder, number)
+                else:
+                    skips.merge(Skips(record["seen"], Counter(record["skipped"])))
+                    bar.update(len(rows))
+        except (DataError, OSError) as error:  # every process ends, or the others would wait for this one
+            failed = str(error)
+    if reasons := [reason for reason in gather_object([failed]) if reason]:
+        raise DataError(reasons[0])
+    runs.together(accelerator, lambda: _finish(folder, begun, numbers, teacher, source))
     return folder
 
 
@@ -114,8 +120,11 @@ class CachedExamples(Dataset[Batch]):
             raise DataError(f"{folder} was made with another model's encoders: make it with bksdm-train cache again")
         if drawing.flip and not self.facts["flip"]:
             raise DataError(f"{folder} was made without mirrored pictures: pass --no-flip, or make it with them")
+        # Every hash of a small cache, sizes of a large one: half a terabyte takes its time to read. What
+        # bksdm-train cache says of a cache that exists is always of its hashes.
+        in_full = sum(shard["bytes"] for shard in self.facts["shards"]) <= HASHED_WHEN_OPENED
         for number, shard in enumerate(self.facts["shards"]):
-            if (record := _finished(folder, number)) is None or record["sha256"] != shard["sha256"]:
+            if not _is_whole(folder / _name(number), shard, in_full=in_full):
                 raise DataError(f"{folder / _name(number)} is damaged: run the bksdm-train cache command again")
         self.order = ShardOrder(self.facts["source"]["shards"], seed, self.facts["window"])
         self.identity = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
@@ -188,8 +197,10 @@ class _Encoded:
 
 
 class _Shard:
-    def __init__(self, teacher: Checkpoint, dtype: torch.dtype) -> None:
-        self.teacher, self.dtype, self.skips = teacher, dtype, Skips()
+    def __init__(self, teacher: Checkpoint, dtype: torch.dtype, skips: Skips) -> None:
+        """skips: of all that this process reads; what this shard adds to them goes into its record."""
+        self.teacher, self.dtype, self.skips = teacher, dtype, skips
+        self.before = copy.deepcopy(skips)
         self.moments: list[Tensor] = []
         self.context: list[Tensor] = []
         self.counts: list[int] = []
@@ -219,39 +230,47 @@ class _Shard:
         staging.replace(path)
         record = {
             "sha256": sha256(path),
+            "bytes": path.stat().st_size,
             "examples": len(counts),
-            "skipped": dict(self.skips.reasons),
-            "first": [str(skip) for skip in self.skips.first],
+            "seen": self.skips.seen - self.before.seen,
+            "skipped": dict(self.skips.reasons - self.before.reasons),
         }
         records.write_json(path.with_suffix(".json"), record)
 
 
+class _Rows(Dataset[Any]):
+    """Some rows of a source, ready to be encoded: the example, why it is not the row's own, its pixels."""
+
+    def __init__(self, source: Source, rows: range, size: int, *, flip: bool) -> None:
+        self.source, self.rows, self.size, self.flip = source, rows, size, flip
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> tuple[Example, list[Any], Tensor]:
+        example, skips = read_or_next(self.source, self.rows[number])
+        sides = (False, True) if self.flip else (False,)
+        pixels = torch.stack([prepare(example.image, self.size, side) for side in sides])
+        return example, skips[:1], pixels  # the skips after the first are those of the next rows
+
+
 def _read(source: Source, rows: range, size: int, *, flip: bool, batch_size: int, workers: int) -> Iterator[_Encoded]:
-    class Rows(Dataset[Any]):
-        def __len__(self) -> int:
-            return len(rows)
-
-        def __getitem__(self, number: int) -> tuple[Example, list[Any], Tensor]:
-            example, skips = read_or_next(source, rows[number])
-            sides = (False, True) if flip else (False,)
-            return example, skips, torch.stack([prepare(example.image, size, side) for side in sides])
-
-    return iter(DataLoader(Rows(), batch_size=batch_size, num_workers=workers, collate_fn=_Encoded))
+    ready = _Rows(source, rows, size, flip=flip)
+    try:
+        yield from DataLoader(ready, batch_size=batch_size, num_workers=workers, collate_fn=_Encoded)
+    except DataError as error:
+        raise without_traceback(error) from None
 
 
-def _finish(
-    folder: Path, begun: Mapping[str, Any], numbers: range, teacher: Checkpoint, source: Source, skip_limit: float
-) -> None:
-    shards, skips = [], Skips()
-    skips.merge(source.lost)
+def _finish(folder: Path, begun: Mapping[str, Any], numbers: range, teacher: Checkpoint, source: Source) -> None:
+    shards, seen, reasons = [], source.lost.seen, Counter(source.lost.reasons)
     for number in numbers:
-        record = _finished(folder, number)
-        if record is None:
+        record = _record(folder / _name(number))
+        if record is None or not _is_whole(folder / _name(number), record, in_full=False):
             raise DataError(f"{folder / _name(number)} is not whole: run the command again")
-        shards.append({"file": _name(number), "sha256": record["sha256"], "examples": record["examples"]})
-        skips.seen += record["examples"] + sum(record["skipped"].values())
-        skips.reasons.update(record["skipped"])
-    skips.check(skip_limit)
+        shards.append({"file": _name(number), **{key: record[key] for key in ("sha256", "bytes", "examples")}})
+        seen += record["seen"]
+        reasons.update(record["skipped"])
     empty = embed(teacher.text_encoder, teacher.tokenizer, [""]).detach().to("cpu", DTYPES[begun["dtype"]])
     staging = folder / f".{EMPTY}"
     records.save_tensors({"context": empty}, staging)
@@ -263,7 +282,7 @@ def _finish(
         "shards": shards,
         "captions": shown,
         "licence": source.licence,
-        "skipped": {"seen": skips.seen, "reasons": dict(skips.reasons)},
+        "skipped": {"seen": seen, "reasons": dict(reasons)},
     }
     records.write_json(folder / INDEX, facts)
 
@@ -276,11 +295,23 @@ def spread(count: int, wanted: int) -> list[int]:
 def _finished(folder: Path, number: int) -> dict[str, Any] | None:
     """The record of a shard that is whole, None of any other."""
     path = folder / _name(number)
+    record = _record(path)
+    return record if record is not None and _is_whole(path, record, in_full=True) else None
+
+
+def _record(path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.with_suffix(".json").read_text())
-        return record if record["sha256"] == sha256(path) else None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return record if {"sha256", "bytes", "examples", "seen", "skipped"} <= record.keys() else None
+    except (OSError, ValueError, AttributeError):
         return None
+
+
+def _is_whole(path: Path, record: Mapping[str, Any], *, in_full: bool) -> bool:
+    try:
+        return path.stat().st_size == record["bytes"] and (not in_full or sha256(path) == record["sha256"])
+    except (OSError, KeyError, TypeError):
+        return False
 
 
 def _name(number: int) -> str:

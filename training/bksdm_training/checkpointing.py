@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from bksdm_training.records import ResumeError, save_tensors
 
@@ -48,20 +49,27 @@ class State:
     facts: Mapping[str, object]
 
 
-def save(folder: Path, state: State, *, keep: int = 2, also: Callable[[Path], None] | None = None) -> Path:
-    """Write `state` as `folder/step-XXXXXXXX`, then drop all but the newest `keep`. also(staging) may write more files
-    into it."""
+def save(folder: Path, state: State, *, keep: int = 2) -> Path:
+    """Write `state` as `folder/step-XXXXXXXX`, then drop all but the newest `keep`."""
+    with writing(folder, state.step, state.facts, tuple(state.groups), keep=keep) as staging:
+        for name, tensors in state.groups.items():
+            save_tensors(tensors, staging / f"{name}.safetensors")
+    return folder / f"step-{state.step:08d}"
+
+
+@contextmanager
+def writing(
+    folder: Path, step: int, facts: Mapping[str, object], groups: Sequence[str], *, keep: int
+) -> Iterator[Path]:
+    """A folder to write a state into, NAME.safetensors a group; it takes its place when the block ends, whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{state.step:08d}"
+    target = folder / f"step-{step:08d}"
     staging = Path(tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED))
     staging.chmod(folder.stat().st_mode & 0o777)
     try:
-        for name, tensors in state.groups.items():
-            save_tensors(tensors, staging / f"{name}.safetensors")
-        facts = {"step": state.step, "groups": sorted(state.groups), **state.facts}
-        (staging / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
-        if also:
-            also(staging)
+        yield staging
+        content = {"step": step, "groups": sorted(groups), **facts}
+        (staging / "state.json").write_text(json.dumps(content, indent=2) + "\n")
         if target.exists():
             _remove(target)
         staging.replace(target)
@@ -69,7 +77,6 @@ def save(folder: Path, state: State, *, keep: int = 2, also: Callable[[Path], No
         shutil.rmtree(staging, ignore_errors=True)
     for old in steps(folder)[:-keep]:
         _remove(folder / f"step-{old:08d}")
-    return target
 
 
 def load_newest(folder: Path) -> State | None:
@@ -83,7 +90,10 @@ def load_newest(folder: Path) -> State | None:
     found = steps(folder)
     for step in reversed(found):
         try:
-            return _read(folder / f"step-{step:08d}", step)
+            state = _read(folder / f"step-{step:08d}", step)
+            for damaged in found[found.index(step) + 1 :]:  # or they would be the newest ones that are kept
+                _remove(folder / f"step-{damaged:08d}")
+            return state
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             reason = f"{type(error).__name__}: {error}"
             logger.warning("%s is damaged (%s) and is passed over", folder / f"step-{step:08d}", reason)
@@ -123,9 +133,16 @@ def steps(folder: Path) -> list[int]:
 
 def module_tensors(model: nn.Module) -> dict[str, Tensor]:
     """A module's tensors by name, whole and on the CPU in the main process (elsewhere it may be empty), also of one
-    that is wrapped for data parallelism or sharded: every process must call it."""
-    whole = cast(dict[str, Tensor], get_model_state_dict(model, options=_WHOLE))
-    return {key: value.clone() for key, value in whole.items()}
+    that is wrapped for data parallelism or sharded: every process must call it. They may be the module's own."""
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=_WHOLE))
+
+
+def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a wrapped model's state_dict holds, under plain names and whole: every process must call it."""
+    return {
+        plain_name(key): (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+        for key, value in tensors.items()
+    }
 
 
 @contextmanager
@@ -155,19 +172,22 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     whole = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
     state = cast(dict[str, dict[str, Tensor]], whole.get("state", {}))
     return {
-        f"{parameter}/{name}": torch.as_tensor(value).clone()
+        f"{parameter}/{name}": torch.as_tensor(value)
         for parameter, values in state.items()
         for name, value in values.items()
     }
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` took out; only the main process need have it."""
+    """Put back what `optimizer_tensors` took out; only the main process need have it. The tensors become its own."""
     nested: dict[str, dict[str, Tensor]] = {}
     for key, value in flat.items():
         parameter, name = key.rsplit("/", 1)
-        nested.setdefault(parameter, {})[name] = value.clone()  # the optimizer keeps the tensor itself
-    groups = get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("param_groups", [])
+        nested.setdefault(parameter, {})[name] = value
+    names = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+    groups = [
+        {**group, "params": [names[parameter] for parameter in group["params"]]} for group in optimizer.param_groups
+    ]
     whole: dict[str, Any] = {"state": nested, "param_groups": groups} if _is_main() else {}
     set_optimizer_state_dict(model, optimizer, whole, options=_from_main())
 

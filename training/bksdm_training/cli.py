@@ -141,12 +141,12 @@ _of_the_schedule = _with_options(
     click.option(
         "--decay-share", type=click.FloatRange(0, 1), default=0.0, help="Share of steps, the last ones, of falling."
     ),
-    click.option("--weight-decay", type=float, default=1e-2),
-    click.option("--clip", type=float, default=1.0, help="Norm of the gradient."),
+    click.option("--weight-decay", type=click.FloatRange(0), default=1e-2),
+    click.option("--clip", type=click.FloatRange(0, min_open=True), default=1.0, help="Norm of the gradient."),
 )
 _of_the_run = _with_options(
     click.option("--caption-dropout", type=click.FloatRange(0, 1), default=0.0),
-    click.option("--seed", type=click.IntRange(0), default=1234),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1234),
     click.option(
         "--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]), help="[default: as accelerate is configured]"
     ),
@@ -179,13 +179,17 @@ _RUN = "flip caption_dropout micro_batch gradient_checkpointing workers skip_lim
 @click.option(
     "--start", type=click.Choice(["teacher", "random"]), default="teacher", help="The student's first weights."
 )
-@click.option("--learning-rate", type=float, default=5e-5)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=5e-5)
 @_of_the_schedule
 @click.option("--ema-decay", type=click.FloatRange(0, 1, max_open=True), default=0.9999)
 @click.option("--task-weight", type=click.FloatRange(0), default=1.0, help="Of the noise itself.")
 @click.option("--output-weight", type=click.FloatRange(0), default=1.0, help="Of the teacher's prediction.")
 @click.option("--feature-weight", type=click.FloatRange(0), default=1.0, help="Of the teacher's features.")
-@click.option("--snr-gamma", type=float, help="Weigh timesteps by min(SNR + 1, gamma) / SNR.  [default: all alike]")
+@click.option(
+    "--snr-gamma",
+    type=click.FloatRange(0, min_open=True),
+    help="Weigh timesteps by min(SNR + 1, gamma) / SNR.  [default: all alike]",
+)
 @click.option("--flip/--no-flip", default=True, help="Mirror half of the pictures.")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile of the repeated blocks.")
 @click.option("--checkpoint-every", type=click.IntRange(1), default=5000, help="Steps.")
@@ -298,7 +302,7 @@ def cache(folder: Path, output: Path, variant: str, size: int | None, **options:
 @click.option("--batch-size", type=click.IntRange(1), default=4, help="Pictures a step, all processes.")
 @_micro_batch
 @click.option("--size", type=click.IntRange(64), help="Pixels, square.  [default: the model's]")
-@click.option("--learning-rate", type=float, default=1e-4)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-4)
 @_of_the_schedule
 @click.option("--ema-decay", type=click.FloatRange(0, 1, max_open=True), default=0.999)
 @click.option("--flip/--no-flip", default=False, help="Mirror half of the pictures.")
@@ -387,13 +391,19 @@ def _named(options: dict[str, Any], names: str) -> dict[str, Any]:
 def _accelerator(cpu: bool, mixed_precision: str | None, output: Path | None) -> Accelerator:
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
 
     trackers = {}
     if mixed_precision == "fp16" and (cpu or not torch.cuda.is_available()):
         raise click.ClickException("--mixed-precision fp16 needs a GPU: take bf16 or no")
     if output is not None and find_spec("tensorboard"):
         trackers = {"log_with": "tensorboard", "project_dir": output}
-    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **trackers)
+    # Parts of a step are the loop's own: told of them too (by its environment), accelerate would divide a second time.
+    once = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, gradient_accumulation_plugin=once, **trackers)
+    if getattr(accelerator.state.fsdp_plugin, "fsdp_version", 2) == 1:
+        raise click.ClickException("accelerate is configured for FSDP 1: set fsdp_version to 2")
+    return accelerator
 
 
 def _teacher(row: Variant, options: dict[str, Any]) -> Checkpoint:

@@ -36,6 +36,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.checkpoint_every < 1:
             raise ValueError("steps, batch_size and checkpoint_every must be at least 1")
+        if self.learning_rate < 0 or self.weight_decay < 0 or self.clip <= 0:
+            raise ValueError("learning_rate and weight_decay are 0 or more, clip is more than 0")
         if not 0 <= self.decay_share <= 1 or not 0 <= self.ema_decay < 1:
             raise ValueError("decay_share must lie in [0, 1] and ema_decay in [0, 1)")
 
@@ -123,11 +125,16 @@ def with_changes(
     return config
 
 
+def _largest_part(share: int, most: int = 64) -> int:
+    return max((part for part in range(1, min(share, most) + 1) if share % part == 0), default=1)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What every run on captioned pictures is told.
 
-    size: px, square. micro_batch: pictures that one process takes at a time; None takes its whole share of a step.
+    size: px, square. micro_batch: pictures that one process takes at a time; None takes up to 64, the published
+    run's.
     skip_limit: share of unusable examples that is borne. shown: pictures in the grid of a checkpoint; 0 draws none."""
 
     loop: LoopConfig
@@ -149,7 +156,7 @@ class RunConfig:
     def parts(self, processes: int) -> int:
         """How often each process accumulates before a step. Raises ValueError when the batch cannot be dealt out."""
         batch = self.loop.batch_size
-        micro = self.micro_batch or max(1, batch // processes)
+        micro = self.micro_batch or _largest_part(batch // processes)
         if batch % (micro * processes):
             raise ValueError(
                 f"a batch of {batch} cannot be dealt out to {processes} process(es) in parts of {micro}: "

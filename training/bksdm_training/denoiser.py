@@ -121,7 +121,7 @@ def train_denoiser(
         error = (eps.float() - noise.to(device)).square().mean((1, 2, 3))
         return {"weighted_noise_mse": (error * weights[timesteps].to(device)).mean()}
 
-    def on_checkpoint(_step: int, average: Mapping[str, Tensor], _staging: Path) -> None:
+    def on_saved(_step: int, average: Mapping[str, Tensor], _state: Path) -> None:
         with checkpointing.swapped(model, average):
             pictures = draw(model, vae, tokenizer, shown, config.guidance_scale)
         save_grid(pictures, folder / "samples.png", columns=8, captions=shown)
@@ -133,7 +133,7 @@ def train_denoiser(
         config.unet,
         folder,
         accelerator=accelerator,
-        on_checkpoint=on_checkpoint,
+        on_saved=on_saved,
         made_on=made_on,
         rates={"token_embedding.weight": config.embedding_rate},
     )
@@ -141,14 +141,14 @@ def train_denoiser(
     return model
 
 
-def loss_weights(alphas_cumprod: Tensor, gamma: float) -> Tensor:
-    """Loss weight of each timestep for noise prediction, min(SNR + 1, gamma) / SNR: [T].
+def loss_weights(alphas_cumprod: Tensor, gamma: float, *, velocity: bool = False) -> Tensor:
+    """Loss weight of each timestep: min(SNR + 1, gamma) / SNR for noise, over SNR + 1 for velocity: [T].
 
-    On the predicted picture that is SNR + 1 (progressive distillation, arXiv 2202.00512, equation 10), bounded as in
-    min-SNR (arXiv 2303.09556). Unweighted noise prediction weighs the picture's error by SNR alone, next to nothing
-    where the noise is high and the caption decides what is drawn."""
+    On the predicted picture both are min(SNR + 1, gamma): SNR + 1 as in progressive distillation (arXiv 2202.00512,
+    equation 10), bounded as in min-SNR (arXiv 2303.09556). Unweighted noise prediction weighs the picture's error by
+    SNR alone, next to nothing where the noise is high and the caption decides what is drawn."""
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return (snr + 1).clamp(max=gamma) / snr
+    return (snr + 1).clamp(max=gamma) / (snr + 1 if velocity else snr)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -63,10 +64,14 @@ def distill(
         process=accelerator.process_index,
         processes=accelerator.num_processes,
         workers=config.workers,
+        pinned=device.type == "cuda",
     )
-    skips = runs.SkipCount(material.lost, config.skip_limit)
+    skips = runs.SkipCount(material.lost, config.skip_limit, output / "states")
     snr = config.weights.snr_gamma
-    example_weights = None if snr is None else loss_weights(prepare.scheduler.alphas_cumprod, snr).to(device)
+    is_velocity = prepare.scheduler.config["prediction_type"] == "v_prediction"
+    example_weights = None
+    if snr is not None:
+        example_weights = loss_weights(prepare.scheduler.alphas_cumprod, snr, velocity=is_velocity).to(device)
 
     def loss_at(model: nn.Module, step: int, part: int) -> dict[str, Tensor]:
         batch = feed.batch(step, part)
@@ -81,7 +86,12 @@ def distill(
         return distillation_terms(ours, target, our_features, theirs, their_features, config.weights, weighted)
 
     finish = _Checkpoints(config, teacher, row, material, output, device)
-    accelerator.init_trackers(f"distill-{row.name}")
+    runs.track(accelerator, f"distill-{row.name}", output / "states")
+
+    def on_checkpoint(step: int, average: Mapping[str, Tensor], staging: Path) -> None:
+        finish.write(step, average, staging)
+        skips.write(staging)
+
     loop.run(
         row.name,
         student,
@@ -89,12 +99,12 @@ def distill(
         replace(config.loop, accumulate=parts),
         output / "states",
         accelerator=accelerator,
-        on_checkpoint=finish.write,
+        on_checkpoint=on_checkpoint,
+        on_saved=finish.show,
         made_on=started,
-        on_step=skips.check,
+        on_step=lambda step: skips.check(step, config.loop),
     )
-    skips.gather()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and (skips.taken or not (output / "training.json").is_file()):
         finish.publish(
             taps=[asdict(tap) for tap in pairs],
             skipped=skips.summary(),
@@ -116,8 +126,15 @@ def _begin(
         "settings": runs.settings(config),
         "data": {**material.about, "identity": material.examples.identity},
         "teacher": runs.digests(teacher),
+        "precision": str(accelerator.mixed_precision),
     }
-    said = {"variant": "--variant", "settings": "settings", "data": "data", "teacher": "teacher"}
+    said = {
+        "variant": "--variant",
+        "settings": "settings",
+        "data": "data",
+        "teacher": "teacher",
+        "precision": "--mixed-precision",
+    }
     runs.begin(output, now, said, accelerator)
     return runs.made_on(now["data"], now["teacher"])
 
@@ -152,25 +169,36 @@ class _Checkpoints:
     ) -> None:
         self.config, self.teacher, self.row, self.material = config, teacher, row, material
         self.output, self.device = output, device
-        self.unet = build_unet(unet_config(teacher.unet.config, row.removal))
         self.captions = list(material.captions[: config.shown])
         self.teachers: Tensor | None = None
 
+    @cached_property
+    def unet(self) -> UNet2DConditionModel:
+        """The student on the CPU; only the main process comes to need it."""
+        return build_unet(unet_config(self.teacher.unet.config, self.row.removal))
+
     def write(self, step: int, average: Mapping[str, Tensor], staging: Path) -> None:
-        """A state's own checkpoint and grid; the curve so far."""
-        self.unet.load_state_dict({key.removeprefix("unet."): value for key, value in average.items()})
+        """A state's own checkpoint."""
+        self._take(average)
         checkpoint.save(self._whole(step), staging / "checkpoint", dtype=torch.float16)
-        if self.captions:
-            self._draw(staging / "samples.png")
+
+    def show(self, _step: int, average: Mapping[str, Tensor], state: Path) -> None:
+        """A state's grid, and the curve so far."""
         rows = loop.read_log(self.output / "states")
         save_curve([loop.summed(row) for row in rows], self.output / "loss.png", title=f"distilling {self.row.name}")
+        if self.captions:
+            self._take(average)
+            self._draw(state / "samples.png")
+
+    def _take(self, average: Mapping[str, Tensor]) -> None:
+        self.unet.load_state_dict({key.removeprefix("unet."): value for key, value in average.items()})
 
     def publish(self, **facts: object) -> None:
         """The newest state's checkpoint and grid as the run's, and training.json with all that repeats it."""
         state = checkpointing.load_newest(self.output / "states")
         if state is None:
             raise ResumeError(f"{self.output / 'states'} is gone: run the command again")
-        self.unet.load_state_dict({key.removeprefix("unet."): value for key, value in state.groups["ema"].items()})
+        self._take(state.groups["ema"])
         checkpoint.save(self._whole(state.step), self.output / "checkpoint", dtype=torch.float16)
         if self.captions:
             self._draw(self.output / "samples.png")

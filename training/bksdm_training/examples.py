@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import CLIPTokenizer
 
 from bksdm.sampling import token_ids
-from bksdm_training.data import seeded
+from bksdm_training.data import DataError, seeded
 from bksdm_training.sources import ShardOrder, Skip, Source, prepare, read_or_next
 
 TIMESTEPS = 1000
@@ -138,8 +138,18 @@ class PairedExamples(Dataset[Batch]):
 class Feed:
     """Batches of a run in order, this process's share of each: made ahead by worker processes."""
 
-    def __init__(self, examples: Examples, *, batch_size: int, parts: int, process: int, processes: int, workers: int):
-        self.examples, self.workers = examples, workers
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        batch_size: int,
+        parts: int,
+        process: int,
+        processes: int,
+        workers: int,
+        pinned: bool = False,
+    ):
+        self.examples, self.workers, self.pinned = examples, workers, pinned
         self.batch_size, self.parts, self.process, self.processes = batch_size, parts, process, processes
         self._batches: Iterator[Batch] | None = None
         self._next = (0, 0)
@@ -149,7 +159,10 @@ class Feed:
         if self._batches is None or self._next != (step, part):
             self._batches = self._from(step, part)
         self._next = (step, part + 1) if part + 1 < self.parts else (step + 1, 0)
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except DataError as error:
+            raise without_traceback(error) from None
 
     def positions(self, step: int, part: int) -> range:
         """Positions of this process in a part of a step."""
@@ -163,7 +176,7 @@ class Feed:
             batch_sampler=_Endless(self, step, part),
             num_workers=self.workers,
             collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pinned,
             generator=torch.Generator(),  # its own, so that workers' seeds do not draw from torch's
         )
         return iter(loader)
@@ -178,6 +191,12 @@ class _Endless(Sampler[list[int]]):
         while True:
             yield list(self.feed.positions(step, part))
             step, part = (step, part + 1) if part + 1 < self.feed.parts else (step + 1, 0)
+
+
+def without_traceback(error: DataError) -> DataError:
+    """A worker's error as it was raised there: torch puts the whole traceback into its message."""
+    said = str(error).rpartition("DataError: ")[2].strip()
+    return DataError(said or str(error))
 
 
 def collate(batches: Sequence[Batch]) -> Batch:

@@ -12,13 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from bksdm_training import checkpointing
@@ -27,6 +29,7 @@ from bksdm_training.config import LoopConfig
 
 logger = logging.getLogger(__name__)
 LossAt = Callable[[nn.Module, int, int], Mapping[str, Tensor]]
+OnCheckpoint = Callable[[int, Mapping[str, Tensor], Path], None]
 # The scale of fp16 losses halves at each overflow; after this many in a row there is nothing left to halve.
 _MOST_OVERFLOWS = 50
 
@@ -43,7 +46,8 @@ def run(
     folder: Path,
     *,
     accelerator: Accelerator,
-    on_checkpoint: Callable[[int, Mapping[str, Tensor], Path], None],
+    on_checkpoint: OnCheckpoint = lambda step, average, folder: None,
+    on_saved: OnCheckpoint = lambda step, average, folder: None,
     made_on: str = "",
     rates: Mapping[str, float] | None = None,
     pictures_at: Callable[[int], int] | None = None,
@@ -55,8 +59,10 @@ def run(
     minimised, the mean over parts and processes. `model` is the module as it is to be called (data parallel, sharded).
     Whatever it draws must follow from step and part alone: a run that was killed goes on from its newest state in
     `folder`. on_checkpoint(step, average, staging) sees the averaged weights by name, whole and on the CPU, in the main
-    process, and may write into `staging`, the folder of that state. made_on: what the run depends on (a hash); a state
-    made on something else is refused. rates: learning rate factor of the parameters whose name ends so; 1 for the
+    process, and may write into `staging`, the folder of that state; what it raises ends the run. on_saved(step,
+    average, folder) comes after, for what is only looked at: where it fails, that is said and the run goes on.
+    made_on: what the run depends on (a hash); a state made on something else is refused. rates: learning rate factor of
+    the parameters whose name ends so; 1 for the
     others. pictures_at(step): how many pictures a step sees, where that is not always the batch size. on_step(step):
     called in every process after a step, and may raise to end the run. Progress on stderr: a bar on a terminal,
     elsewhere a line at every checkpoint.
@@ -85,7 +91,7 @@ def run(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step) * group["rate"]
             terms = _gradients(model, loss_at, step, config, accelerator)
-            norm = float(cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), config.clip)))
+            norm = _number(accelerator.clip_grad_norm_(model.parameters(), config.clip))
             overflows = 0 if math.isfinite(norm) else overflows + 1
             if overflows > (_MOST_OVERFLOWS if accelerator.scaler else 0):
                 raise DivergedError(f"{name}: the gradient is {norm} at step {step}: lower the learning rate")
@@ -100,17 +106,8 @@ def run(
                 on_step(step)
             if step % config.checkpoint_every == 0 or step == config.steps:
                 seconds = earlier + time.monotonic() - started
-                _save(
-                    folder,
-                    step,
-                    model,
-                    prepared.optimizer,
-                    average,
-                    {**facts, "seconds": seconds},
-                    accelerator,
-                    on_checkpoint,
-                    config.keep,
-                )
+                state = _State(folder, step, {**facts, "seconds": seconds}, config.keep)
+                _save(state, model, prepared.optimizer, average, accelerator, on_checkpoint, on_saved)
                 progress.saved(step, figures)
     model.load_state_dict(average)
     return module.eval()
@@ -135,6 +132,11 @@ def _gradients(
     return {key: by_name[key] for key in totals}
 
 
+def _number(norm: Any) -> float:
+    """The norm over all shards: of its own one alone each process would judge by itself."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
 def _precision(config: LoopConfig, accelerator: Accelerator) -> Any:
     if config.bf16:
         return torch.autocast(accelerator.device.type, torch.bfloat16)
@@ -157,29 +159,47 @@ def _groups(module: nn.Module, rates: Mapping[str, float]) -> list[dict[str, obj
     return [{"params": own, "rate": rates.get(end, 1.0)} for end, own in groups.items() if own]
 
 
+@dataclass(frozen=True)
+class _State:
+    folder: Path
+    step: int
+    facts: Mapping[str, object]
+    keep: int
+
+
 def _save(
-    folder: Path,
-    step: int,
+    state: _State,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: Mapping[str, Tensor],
-    facts: Mapping[str, object],
     accelerator: Accelerator,
-    on_checkpoint: Callable[[int, Mapping[str, Tensor], Path], None],
-    keep: int,
+    on_checkpoint: OnCheckpoint,
+    on_saved: OnCheckpoint,
 ) -> None:
-    """Write a state from the main process; the others help to gather it."""
-    weights = checkpointing.module_tensors(model)
-    moments = checkpointing.optimizer_tensors(model, optimizer)
-    own = {key: value.clone() for key, value in model.state_dict().items()}
-    model.load_state_dict(average)
-    averaged = checkpointing.module_tensors(model)
-    model.load_state_dict(own)
-    if accelerator.is_main_process:
+    """Write a state from the main process; the others help to gather it, one group after the other."""
+    groups: dict[str, Callable[[], dict[str, Tensor]]] = {
+        "weights": lambda: checkpointing.module_tensors(model),
+        "optimizer": lambda: checkpointing.optimizer_tensors(model, optimizer),
+        "ema": lambda: checkpointing.whole_tensors(average),
+    }
+    if not accelerator.is_main_process:
+        for gather in groups.values():
+            gather()
+    else:
+        facts = state.facts
         if accelerator.scaler is not None:
             facts = {**facts, "scaler": accelerator.scaler.state_dict()}
-        state = checkpointing.State(step, {"weights": weights, "ema": averaged, "optimizer": moments}, facts)
-        checkpointing.save(folder, state, keep=keep, also=lambda staging: on_checkpoint(step, averaged, staging))
+        with checkpointing.writing(state.folder, state.step, facts, tuple(groups), keep=state.keep) as staging:
+            tensors: dict[str, Tensor] = {}
+            for name, gather in groups.items():
+                tensors = gather()
+                checkpointing.save_tensors(tensors, staging / f"{name}.safetensors")
+            on_checkpoint(state.step, tensors, staging)  # the average, which comes last
+        try:
+            on_saved(state.step, tensors, state.folder / f"step-{state.step:08d}")
+        except (OSError, torch.OutOfMemoryError) as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("step %d is saved, but its pictures could not be drawn: %s", state.step, reason)
     accelerator.wait_for_everyone()
 
 
@@ -202,7 +222,7 @@ def _resume(
             if state is not None:
                 _check(folder, state, model, facts)
                 found = [(state.step, dict(state.facts))]
-        except ResumeError as error:
+        except (ResumeError, OSError) as error:
             found = [str(error)]  # every process must end, not wait for this one
     broadcast_object_list(found)
     if isinstance(found[0], str):
@@ -210,12 +230,13 @@ def _resume(
     if found[0] is None:
         return 0, 0.0
     step, known = found[0]
-    groups = state.groups if state else {"weights": {}, "ema": {}, "optimizer": {}}
-    checkpointing.restore_module(model, groups["ema"])
+    groups = dict(state.groups) if state else {"weights": {}, "ema": {}, "optimizer": {}}
+    state = None
+    checkpointing.restore_module(model, groups.pop("ema"))
     for key, value in model.state_dict().items():
         average[key].copy_(value)
-    checkpointing.restore_module(model, groups["weights"])
-    checkpointing.restore_optimizer(model, optimizer, groups["optimizer"])
+    checkpointing.restore_module(model, groups.pop("weights"))
+    checkpointing.restore_optimizer(model, optimizer, groups.pop("optimizer"))
     if accelerator.scaler is not None and "scaler" in known:
         accelerator.scaler.load_state_dict(known["scaler"])
     logger.info("resumed at step %d from %s", step, folder)

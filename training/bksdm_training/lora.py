@@ -55,8 +55,10 @@ def adapt(
         "settings": runs.settings(config),
         "data": {**material.about, "identity": material.examples.identity},
         "weights": runs.digests(base),
+        "precision": str(accelerator.mixed_precision),
     }
-    runs.begin(output, now, {"settings": "settings", "data": "data", "weights": "--weights"}, accelerator)
+    said = {"settings": "settings", "data": "data", "weights": "--weights", "precision": "--mixed-precision"}
+    runs.begin(output, now, said, accelerator)
     device = accelerator.device
     parts = config.parts(accelerator.num_processes)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -69,8 +71,9 @@ def adapt(
         process=accelerator.process_index,
         processes=accelerator.num_processes,
         workers=config.workers,
+        pinned=device.type == "cuda",
     )
-    skips = runs.SkipCount(material.lost, config.skip_limit)
+    skips = runs.SkipCount(material.lost, config.skip_limit, output / "states")
 
     def loss_at(model: nn.Module, step: int, part: int) -> dict[str, Tensor]:
         batch = feed.batch(step, part)
@@ -89,7 +92,12 @@ def adapt(
         }
 
     finish = _Checkpoints(config, base, material, output, device, prompts)
-    accelerator.init_trackers("lora")
+    runs.track(accelerator, "lora", output / "states")
+
+    def on_checkpoint(step: int, average: Mapping[str, Tensor], staging: Path) -> None:
+        finish.write(step, average, staging)
+        skips.write(staging)
+
     loop.run(
         "lora",
         adapters,
@@ -97,12 +105,12 @@ def adapt(
         replace(config.loop, accumulate=parts),
         output / "states",
         accelerator=accelerator,
-        on_checkpoint=finish.write,
+        on_checkpoint=on_checkpoint,
+        on_saved=finish.show,
         made_on=runs.made_on(now["data"], now["weights"]),
-        on_step=skips.check,
+        on_step=lambda step: skips.check(step, config.loop),
     )
-    skips.gather()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and (skips.taken or not (output / "training.json").is_file()):
         finish.publish(
             trained=sum(weight.numel() for weight in adapters.parameters()),
             skipped=skips.summary(),
@@ -195,17 +203,20 @@ class _Checkpoints:
         self.before: Tensor | None = None
 
     def write(self, step: int, average: Mapping[str, Tensor], staging: Path) -> None:
-        """A state's own file, licence and grid; the curve so far."""
+        """A state's own file and licence."""
         save_adapters(average, self.config, staging / lora.FILE)
         terms = self.base.licence
         if self.material.terms is not None:
             terms = licence.joined(terms, self.material.terms)
         changed = f"Changed: these low-rank adapters are changes to {self.base.source}, trained for {step} steps."
         (staging / "LICENSE").write_text(f"{changed}\n\n{terms.notice}", encoding="utf-8")
-        if self.prompts:
-            self._draw(lora.merge(self.base, staging / lora.FILE), staging / "samples.png")
+
+    def show(self, _step: int, _average: Mapping[str, Tensor], state: Path) -> None:
+        """A state's grid, and the curve so far."""
         rows = loop.read_log(self.output / "states")
         save_curve([loop.summed(row) for row in rows], self.output / "loss.png", title="fine-tuning")
+        if self.prompts:
+            self._draw(lora.merge(self.base, state / lora.FILE), state / "samples.png")
 
     def publish(self, **facts: object) -> None:
         """The newest state's files as the run's, and training.json with all that repeats it."""

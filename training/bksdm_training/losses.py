@@ -26,6 +26,9 @@ class LossWeights:
                 "loss weights are 0 or more, and task or output more than 0: features alone predict nothing"
             )
 
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise ValueError(f"snr_gamma is more than 0, not {self.snr_gamma}")
+
     @property
     def teacher_needed(self) -> bool:
         """Whether anything is compared with the teacher."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -55,5 +55,12 @@ def machine(device: torch.device, *packages: str) -> dict[str, object]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
-        "versions": {package: version(package) for package in ("bksdm", "torch", "diffusers", *packages)},
+        "versions": {package: _version(package) for package in ("bksdm", "torch", "diffusers", *packages)},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"

@@ -6,7 +6,8 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -16,7 +17,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from bksdm.checkpoint import Checkpoint
 from bksdm_training import checkpointing, records
-from bksdm_training.config import RunConfig
+from bksdm_training.config import LoopConfig, RunConfig
+from bksdm_training.data import DataError
 from bksdm_training.examples import Batch
 from bksdm_training.records import ResumeError
 from bksdm_training.sources import Skips
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 FREE = ("micro_batch", "gradient_checkpointing", "compiled", "workers", "skip_limit", "shown")
 FREE_OF_LOOP = ("steps", "checkpoint_every", "keep", "accumulate", "fused")
 CHECK_SKIPS_EVERY = 20  # steps
+KNOWN = (ResumeError, DataError, OSError)  # what `together` hands on
+_SKIPS = "skipped.json"
 TELL_SKIPS = 20  # of a process, one by one; the rest are counted
 
 
@@ -47,24 +51,42 @@ def made_on(*facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def begin(output: Path, now: Mapping[str, object], said: Mapping[str, str], accelerator: Accelerator) -> None:
-    """`records.same_run` by the main process; what it refuses, every process refuses. Raises ResumeError."""
-    refused: list[str | None] = [None]
+def together(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Do something in the main process alone; what it raises, every process raises, and none waits for the others.
+
+    Raises the errors of `KNOWN`."""
+    found: list[tuple[int, str] | None] = [None]
     if accelerator.is_main_process:
         try:
-            records.same_run(output, now, said)
-        except (ResumeError, OSError) as error:
-            refused = [str(error)]
-    broadcast_object_list(refused)
-    if refused[0] is not None:
-        raise ResumeError(refused[0])
+            action()
+        except KNOWN as error:
+            kind = next(place for place, known in enumerate(KNOWN) if isinstance(error, known))
+            found = [(kind, str(error))]
+    broadcast_object_list(found)
+    if found[0] is not None:
+        kind, text = found[0]
+        raise KNOWN[kind](text)
+
+
+def begin(output: Path, now: Mapping[str, object], said: Mapping[str, str], accelerator: Accelerator) -> None:
+    """`records.same_run` by the main process; what it refuses, every process refuses. Raises ResumeError, OSError."""
+    together(accelerator, lambda: records.same_run(output, now, said))
+
+
+def track(accelerator: Accelerator, name: str, states: Path) -> None:
+    """Begin, or go on with, the run's curves: what comes after the newest state is trained and logged again."""
+    found = checkpointing.steps(states) if states.is_dir() else []
+    options = {"tensorboard": {"purge_step": found[-1] + 1}} if found else {}
+    accelerator.init_trackers(name, init_kwargs=options)
 
 
 class SkipCount:
-    """Examples that could not be used, of all processes; every process ends where their share is too large."""
+    """Examples that could not be used, of all processes; every process ends where their share is too large.
 
-    def __init__(self, lost: Skips, limit: float) -> None:
-        self.total, self.limit = copy.deepcopy(lost), limit
+    folder: of the states, where a run that goes on finds what it had counted."""
+
+    def __init__(self, lost: Skips, limit: float, folder: Path) -> None:
+        self.total, self.limit, self.taken = _counted(folder) or copy.deepcopy(lost), limit, False
         self.since = Skips()  # of this process, since they were last put together
         self.told = 0
 
@@ -75,11 +97,16 @@ class SkipCount:
             if self.told <= TELL_SKIPS:
                 logger.warning("skipped %s", skip)
 
-    def check(self, step: int) -> None:
-        """At the same steps in every process. Raises DataError."""
-        if step % CHECK_SKIPS_EVERY == 0:
+    def check(self, step: int, loop: LoopConfig) -> None:
+        """At the same steps in every process, and before every state. Raises DataError."""
+        self.taken = True
+        if step % CHECK_SKIPS_EVERY == 0 or step % loop.checkpoint_every == 0 or step == loop.steps:
             self.gather()
             self.total.check(self.limit)
+
+    def write(self, staging: Path) -> None:
+        """Beside the state that they belong to."""
+        records.write_json(staging / _SKIPS, self.summary())
 
     def gather(self) -> None:
         """Put together what all processes skipped."""
@@ -90,3 +117,13 @@ class SkipCount:
     def summary(self) -> dict[str, object]:
         """Counts by reason, for records."""
         return {"seen": self.total.seen, "skipped": self.total.skipped, "reasons": dict(self.total.reasons)}
+
+
+def _counted(folder: Path) -> Skips | None:
+    """What the newest state of an earlier call had counted."""
+    found = checkpointing.steps(folder) if folder.is_dir() else []
+    try:
+        record = json.loads((folder / f"step-{found[-1]:08d}" / _SKIPS).read_text())
+        return Skips(int(record["seen"]), Counter(record["reasons"]))
+    except (IndexError, OSError, ValueError, KeyError, TypeError):
+        return None

@@ -75,7 +75,7 @@ def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, accelerat
 
     shown = to_model_range(pictures.pixels[:: max(1, len(pictures) // 8)][:8])
 
-    def on_checkpoint(_step: int, average: Mapping[str, Tensor], _staging: Path) -> None:
+    def on_saved(_step: int, average: Mapping[str, Tensor], _state: Path) -> None:
         with torch.no_grad(), checkpointing.swapped(vae, average):
             rebuilt = decode(vae, encode(vae, shown.to(device)).mode()).cpu()
         save_grid(torch.cat([shown, rebuilt]), folder / "samples.png", columns=len(shown))
@@ -87,7 +87,7 @@ def train_vae(pictures: Pictures, config: TeacherConfig, folder: Path, accelerat
         config.vae,
         folder,
         accelerator=accelerator,
-        on_checkpoint=on_checkpoint,
+        on_saved=on_saved,
         pictures_at=lambda step: config.vae.batch_size if step <= whole_from else whole_batch,
     )
     moments = encode_moments(vae, pictures, device)
