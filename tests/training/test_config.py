@@ -1,6 +1,6 @@
 import pytest
 
-from bksdm_training.config import PRESETS, LoopConfig, TeacherConfig, with_changes
+from bksdm_training.config import PRESETS, AdaptConfig, DistillConfig, LoopConfig, TeacherConfig, with_changes
 
 
 def test_learning_rate_warms_up_stays_and_decays_to_nearly_zero():
@@ -26,3 +26,26 @@ def test_a_size_that_does_not_halve_three_times_is_refused():
 def test_with_changes_touches_what_it_is_told_alone():
     config = with_changes(PRESETS["cpu"], 7, None)
     assert (config.vae.steps, config.unet) == (7, PRESETS["cpu"].unet)
+
+
+@pytest.mark.parametrize("kind", [DistillConfig, AdaptConfig])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"size": 60}, "multiple of 8 px"), ({"caption_dropout": 2}, "are shares"), ({"skip_limit": -1}, "are shares")],
+)
+def test_a_run_that_cannot_be_is_refused(kind, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        kind(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "said"),
+    [
+        (DistillConfig, {"start": "x"}, "teacher or random"),
+        (AdaptConfig, {"rank": 0}, "at least 1"),
+        (AdaptConfig, {"prior_weight": 1.0, "loop": LoopConfig(1, 3, 1.0)}, "has no halves"),
+    ],
+)
+def test_settings_of_one_kind_are_checked(kind, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        kind(**wrong)

@@ -19,7 +19,6 @@ from bksdm_training.examples import PairedExamples
 from bksdm_training.inputs import Inputs
 from bksdm_training.lora import Adapters, adapt
 from bksdm_training.material import open_material, open_subject
-from bksdm_training.prior import draw_class
 from bksdm_training.records import ResumeError
 
 CONFIG = AdaptConfig(
@@ -236,22 +235,6 @@ def test_the_prior_counts_by_its_weight(base, subject, mini_data, tmp_path):
         logs.append(_log(tmp_path / name)[0])
     assert logs[1]["prior"] == pytest.approx(4 * logs[0]["prior"], rel=1e-6)
     assert logs[1]["task"] == logs[0]["task"]
-
-
-def test_class_pictures_are_drawn_once_and_the_same_after_a_kill(base, tmp_path):
-    accelerator = Accelerator(cpu=True)
-    folder = draw_class(base, "a disc", 6, 64, tmp_path / "class", accelerator, steps=2)
-    pictures = sorted(folder.glob("*.png"))
-    whole = [picture.read_bytes() for picture in pictures]
-    assert len(set(whole)) == 6
-    pictures[1].unlink()
-    pictures[5].unlink()
-    before = pictures[4].stat().st_mtime_ns
-    draw_class(base, "a disc", 6, 64, folder, accelerator, steps=2)
-    assert [picture.read_bytes() for picture in pictures] == whole
-    assert pictures[4].stat().st_mtime_ns >= before
-    with pytest.raises(ResumeError, match="begun with other --class-prompt"):
-        draw_class(base, "a cat", 6, 64, folder, accelerator, steps=2)
 
 
 @pytest.mark.parametrize(

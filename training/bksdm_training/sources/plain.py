@@ -63,9 +63,10 @@ def open_plain(folder: Path, caption: str) -> PlainFolder:
     if not caption.strip():
         raise DataError(f"the pictures of {folder} need a prompt that says what they show, and it is empty")
     try:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        files = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror or error}): give a folder of pictures") from error
+    names = sorted(name for name in files if not name.startswith("."))  # macOS puts a "._a.jpg" beside each "a.jpg"
     if not names:
         raise DataError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}): put them there, without subfolders")
     return PlainFolder(folder, tuple(names), caption.strip(), licence_of(folder))
