@@ -401,7 +401,8 @@ def _accelerator(cpu: bool, mixed_precision: str | None, output: Path | None) ->
     # Parts of a step are the loop's own: told of them too (by its environment), accelerate would divide a second time.
     once = GradientAccumulationPlugin(num_steps=1)
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, gradient_accumulation_plugin=once, **trackers)
-    if getattr(accelerator.state.fsdp_plugin, "fsdp_version", 2) == 1:
+    sharding = getattr(accelerator.state, "fsdp_plugin", None)
+    if sharding is not None and sharding.fsdp_version == 1:
         raise click.ClickException("accelerate is configured for FSDP 1: set fsdp_version to 2")
     return accelerator
 
