@@ -143,3 +143,33 @@ def test_what_was_skipped_is_recorded_and_too_much_of_it_refused(teacher, mini_d
 def test_files_are_as_readable_as_their_folder(cached):
     mode = cached.stat().st_mode & 0o666
     assert {path.stat().st_mode & 0o666 for path in cached.glob("*.safetensors")} == {mode}
+
+
+def test_broken_pictures_in_a_row_are_counted_once_each(teacher, mini_data, tmp_path):
+    data = shutil.copytree(mini_data, tmp_path / "data")
+    for i in (3, 4, 5, 6):  # over the border of two shards
+        (data / "train" / f"{i}.png").write_bytes(b"cut")
+    folder = _build(teacher, data / "train", tmp_path / "cache", skip_limit=0.1)
+    facts = json.loads((folder / "cache.json").read_text())
+    assert facts["skipped"]["reasons"] == {"unknown image format": 4}
+    again = _build(teacher, data / "train", folder, skip_limit=0.1)  # all is there
+    assert json.loads((again / "cache.json").read_text()) == facts
+
+
+def test_a_large_cache_is_opened_by_its_sizes(teacher, cached, monkeypatch):
+    monkeypatch.setattr(cache, "HASHED_WHEN_OPENED", 0)
+    monkeypatch.setattr(cache, "sha256", lambda path: 1 / 0)
+    open_material(cached, teacher, CONFIG)
+    shard = cached / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match="damaged"):
+        open_material(cached, teacher, CONFIG)
+
+
+def test_a_data_error_of_a_worker_is_one_sentence(teacher, mini_data, tmp_path):
+    data = shutil.copytree(mini_data, tmp_path / "data")
+    for i in range(12):
+        (data / "train" / f"{i}.png").write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"^12 examples in a row of train cannot be used") as caught:
+        _build(teacher, data / "train", tmp_path / "cache", workers=1)
+    assert "Traceback" not in str(caught.value)

@@ -121,24 +121,28 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert not (tmp_path / "run" / "states").exists()
 
 
-def test_the_defaults_are_the_published_run():
-    from bksdm_training.config import DistillConfig
+def test_the_defaults_are_the_published_run(monkeypatch, capsys, trained, mini_data, tmp_path):
+    """BK-SDM's released weights: AdamW 5e-5 constant, batch 256 in parts of 64 (v2: 128), clip 1."""
+    seen = {}
+    monkeypatch.setattr("bksdm_training.distill.distill", lambda config, *_: seen.update(config=config) or tmp_path)
+    teacher = f"--teacher={trained / 'checkpoint'}"
+    for variant, batch in (("small", 256), ("v2-small", 128)):
+        data, output = f"--data={mini_data / 'train'}", f"--output={tmp_path / 'run'}"
+        assert _run(monkeypatch, capsys, "distill", f"--variant={variant}", teacher, data, output, "--cpu")[0] == 0
+        config, loop = seen["config"], seen["config"].loop
+        assert (loop.batch_size, config.parts(1)) == (batch, batch // 64)
+        assert (loop.steps, loop.learning_rate, loop.warmup, loop.decay_share) == (50_000, 5e-5, 0, 0)
+        assert (loop.beta1, loop.beta2, loop.weight_decay, loop.epsilon, loop.clip) == (0.9, 0.999, 1e-2, 1e-8, 1.0)
+        assert (loop.seed, loop.checkpoint_every) == (1234, 5000)
+        weights = config.weights
+        assert (weights.task, weights.output, weights.feature, weights.snr_gamma) == (1, 1, 1, None)
+        assert (config.flip, config.caption_dropout, config.start) == (True, 0.0, "teacher")
 
-    options = {option.name: option.default for option in cli.distill.params}
-    config = DistillConfig()
-    for name in [
-        "steps",
-        "learning_rate",
-        "warmup",
-        "decay_share",
-        "weight_decay",
-        "clip",
-        "ema_decay",
-        "seed",
-        "checkpoint_every",
-        "keep",
-    ]:
-        assert options[name] == getattr(config.loop, name), name
-    assert (options["task_weight"], options["output_weight"], options["feature_weight"]) == (1.0, 1.0, 1.0)
-    for name in ("start", "flip", "caption_dropout", "workers", "skip_limit", "shown"):
-        assert options[name] == getattr(config, name), name
+
+@pytest.mark.parametrize(
+    "option", ["--learning-rate=-1", "--clip=0", "--snr-gamma=0", "--weight-decay=-1", "--seed=18446744073709551616"]
+)
+def test_numbers_that_would_train_nothing_are_misuse(monkeypatch, capsys, trained, mini_data, tmp_path, option):
+    code, _, err = _run(monkeypatch, capsys, *_distill(trained, mini_data / "train", tmp_path / "run"), option)
+    assert code == 2
+    assert option.split("=")[0] in err

@@ -46,3 +46,15 @@ def test_tokens_that_training_never_showed_embed_to_zero(mini_config):
     after = encoder.get_input_embeddings().weight
     assert torch.equal(after[[5, 7, 9]], before[[5, 7, 9]])
     assert after.abs().sum(1).count_nonzero() == 3
+
+
+def test_velocity_is_weighed_by_the_same_error_of_the_picture():
+    """x_0 - x_0' is s / a of the noise's error, and s of the velocity's: the same weight on the picture either way."""
+    alphas = torch.tensor([0.999, 0.5, 0.01, 1e-4], dtype=torch.float64)
+    snr = alphas / (1 - alphas)
+    of_picture = (snr + 1).clamp(max=5)
+    for velocity, share in ((False, (1 - alphas) / alphas), (True, 1 - alphas)):
+        weight = loss_weights(alphas, 5.0, velocity=velocity)
+        # an error of 1 in the prediction is an error of sqrt(share) in the picture
+        torch.testing.assert_close(weight, of_picture * share, rtol=1e-12, atol=0)
+    assert torch.isfinite(loss_weights(torch.zeros(1), 5.0, velocity=True)).all()  # a schedule that ends in pure noise

@@ -255,6 +255,21 @@ def test_broken_pictures_are_skipped_and_counted(teacher, mini_data, tmp_path, c
     assert "skipped '3.png'" in caplog.text
 
 
+def test_a_finished_run_is_left_as_it_is(teacher, mini_data, tmp_path):
+    _run(teacher, mini_data / "train", tmp_path)
+    record = (tmp_path / "training.json").read_bytes()
+    again = _run(teacher, mini_data / "train", tmp_path, replace(CONFIG, micro_batch=1))
+    assert again == tmp_path / "checkpoint"
+    assert (tmp_path / "training.json").read_bytes() == record
+
+
+def test_another_precision_is_another_run(teacher, mini_data, tmp_path):
+    _run(teacher, mini_data / "train", tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ResumeError, match="begun with other --mixed-precision"):
+        _run(teacher, mini_data / "train", tmp_path, accelerator=Accelerator(cpu=True, mixed_precision="bf16"))
+
+
 def test_too_many_broken_pictures_end_the_run(teacher, mini_data, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "CHECK_SKIPS_EVERY", 2)
     data = shutil.copytree(mini_data, tmp_path / "data")
@@ -363,19 +378,23 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(trained, mini_dat
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(trained, mini_data, tmp_path):
+@pytest.mark.parametrize("micro", [None, 1])  # one part a step, and two: gradients travel with the last
+def test_two_processes_have_the_losses_of_one(trained, mini_data, tmp_path, micro):
     # At the published rate: at twenty times it the last digits of a step grow tenfold within a few more.
-    config = _with(steps=12, learning_rate=5e-5)
+    config = replace(_with(steps=12, learning_rate=5e-5), micro_batch=micro)
     for processes in (1, 2):
         assert _start(config, trained, mini_data / "train", tmp_path / str(processes) / "run", processes).wait() == 0
     one, two = _log(tmp_path / "1" / "run"), _log(tmp_path / "2" / "run")
     assert len(one) == 12
     worst = _difference(one, two)
     assert worst < 5e-5  # measured 6.5e-6
-    # a run begun by two processes goes on with one
-    longer = replace(config, loop=replace(config.loop, steps=14))
-    assert _start(longer, trained, mini_data / "train", tmp_path / "2" / "run").wait() == 0
-    assert len(_log(tmp_path / "2" / "run")) == 14
+    # a run begun by two processes goes on with two, and with one
+    for steps, processes in ((14, 2), (16, 1)):
+        longer = replace(config, loop=replace(config.loop, steps=steps))
+        assert _start(longer, trained, mini_data / "train", tmp_path / "2" / "run", processes).wait() == 0
+        assert len(_log(tmp_path / "2" / "run")) == steps
+    facts = json.loads((tmp_path / "2" / "run" / "training.json").read_text())
+    assert facts["skipped"]["seen"] == 16 * 4
 
 
 @pytest.mark.slow

@@ -39,7 +39,6 @@ def _train(folder, *, die_at=None, config=CONFIG, width=4, **options):
         config,
         folder,
         accelerator=Accelerator(cpu=True),
-        on_checkpoint=lambda *_: None,
         **options,
     )
 
@@ -186,4 +185,107 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
             tmp_path,
             accelerator=Accelerator(cpu=True),
             on_checkpoint=lambda *_: None,
+        )
+
+
+def test_pictures_that_cannot_be_drawn_cost_no_state(tmp_path, caplog):
+    def on_saved(step, average, folder):
+        assert (folder / "state.json").is_file()
+        raise OSError("no space left")
+
+    _train(tmp_path, on_saved=on_saved)
+    assert load_newest(tmp_path).step == 12
+    assert "step 12 is saved, but its pictures could not be drawn: no space left" in caplog.text
+
+
+def test_what_belongs_to_a_state_and_cannot_be_written_leaves_the_one_before(tmp_path):
+    def on_checkpoint(step, average, staging):
+        (staging / "more.txt").write_text("half")
+        if step == 8:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        _train(tmp_path, on_checkpoint=on_checkpoint)
+    assert load_newest(tmp_path).step == 4
+    assert (tmp_path / "step-00000004" / "more.txt").is_file()
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_a_damaged_state_does_not_count_towards_those_that_are_kept(tmp_path):
+    whole = _train(tmp_path / "whole")
+    with pytest.raises(KilledError):
+        _train(tmp_path / "broken", die_at=11)
+    (tmp_path / "broken" / "step-00000008" / "ema.safetensors").write_bytes(b"cut")
+    sooner = LoopConfig(**{**CONFIG.__dict__, "checkpoint_every": 2, "keep": 1})
+    with pytest.raises(KilledError):
+        _train(tmp_path / "broken", die_at=7, config=sooner)
+    assert load_newest(tmp_path / "broken").step == 6
+    broken = _train(tmp_path / "broken")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, broken.state_dict()[key]), key
+
+
+def test_parts_of_a_step_have_the_gradient_of_the_whole(tmp_path):
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    made = {}
+    for parts in (1, 2, 4):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 1)
+
+        def loss_at(model, step, part, parts=parts):
+            rows = x.chunk(parts)[part]
+            return {"mse": (model(rows) - rows.sum(1, keepdim=True)).square().mean()}
+
+        config = LoopConfig(**{**CONFIG.__dict__, "accumulate": parts})
+        folder = tmp_path / str(parts)
+        made[parts] = loop.run("toy", module, loss_at, config, folder, accelerator=Accelerator(cpu=True))
+        assert len(loop.read_log(folder)) == 12
+    for parts in (2, 4):
+        torch.testing.assert_close(made[parts].weight, made[1].weight, rtol=0, atol=1e-5)  # measured below 2e-6
+
+
+class Scaler:
+    """Stands where torch's GradScaler stands: a scale, and whether the last step was skipped."""
+
+    def __init__(self):
+        self.scale = 65536.0
+
+    def unscale_(self, optimizer):
+        pass
+
+    def step(self, optimizer, closure=None):
+        pass  # as when the gradient overflowed
+
+    def update(self):
+        self.scale /= 2
+
+    def state_dict(self):
+        return {"scale": self.scale}
+
+    def load_state_dict(self, state):
+        self.scale = state["scale"]
+
+
+def test_an_overflow_under_fp16_is_borne_and_the_scale_goes_on(tmp_path):
+    """Not shown: torch's own scaler, which needs a GPU."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = Scaler()
+    module = nn.Linear(1, 1)
+
+    def loss_at(model, step, part):
+        return {"loss": model.weight.sum() * (float("inf") if step <= 3 else 1.0)}
+
+    accelerator.backward = lambda loss: loss.backward()
+    config = LoopConfig(steps=5, batch_size=1, learning_rate=0.0, checkpoint_every=5)
+    loop.run("toy", module, loss_at, config, tmp_path, accelerator=accelerator)
+    assert load_newest(tmp_path).facts["scaler"] == {"scale": 2048.0}
+    endless = LoopConfig(steps=100, batch_size=1, learning_rate=0.0, checkpoint_every=100)
+    with pytest.raises(DivergedError, match="at step 51"):
+        loop.run(
+            "toy",
+            module,
+            lambda model, step, part: {"loss": model.weight.sum() * float("inf")},
+            endless,
+            tmp_path / "endless",
+            accelerator=accelerator,
         )
