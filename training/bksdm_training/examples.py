@@ -133,7 +133,8 @@ class Feed:
         if self._batches is None or self._next != (step, part):
             self._batches = self._from(step, part)
         self._next = (step, part + 1) if part + 1 < self.parts else (step + 1, 0)
-        return next(self._batches)
+        with torch.autocast("cpu", enabled=False):  # as in a worker process; torch.cat refuses fp16 in bf16's autocast
+            return next(self._batches)
 
     def positions(self, step: int, part: int) -> range:
         """Positions of this process in a part of a step."""
