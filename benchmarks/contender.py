@@ -62,10 +62,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """seconds: of each step after the warm-up (a cache: of the whole). losses: of every step. Peaks in bytes: of the
-    process (largest resident set, since its start), of the device (tensors alone). phases: seconds a step by name."""
+    """seconds: of each step after the warm-up (a cache: of the whole); cpu_seconds: likewise, of all threads. losses:
+    of every step. Peaks in bytes: of the process (largest resident set, since its start), of the device (tensors
+    alone). phases: seconds a step by name, on a CPU those of all threads."""
 
     seconds: list[float]
+    cpu_seconds: list[float]
     losses: list[dict[str, float]]
     peak: int
     device_peak: int | None
@@ -83,20 +85,22 @@ class _Timekeeper:
     def __init__(self, task: Task, phases: _Phases) -> None:
         self.task, self.phases = task, phases
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.losses: list[dict[str, float]] = []
-        self.last = 0.0
+        self.last = self.last_cpu = 0.0
 
     def __call__(self, figures: dict[str, float]) -> None:
         _wait(self.task.device)
-        now = time.perf_counter()
+        now, now_cpu = time.perf_counter(), time.process_time()
         self.losses.append(figures)
         if len(self.losses) > self.task.warmup:
             self.seconds.append(now - self.last)
+            self.cpu_seconds.append(now_cpu - self.last_cpu)
         else:
             self.phases.seconds.clear()
         if len(self.seconds) == self.task.steps:
             raise _Enough
-        self.last = time.perf_counter()
+        self.last, self.last_cpu = time.perf_counter(), time.process_time()
 
 
 class _Phases:
@@ -104,6 +108,8 @@ class _Phases:
 
     def __init__(self, device: str) -> None:
         self.device = device
+        # Where a core is shared with other processes, the time on it is what compares.
+        self.clock = time.perf_counter if device == "cuda" else time.process_time
         self.seconds: dict[str, float] = {}
 
     def watch(self) -> None:
@@ -122,13 +128,13 @@ class _Phases:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             _wait(self.device)
-            started = time.perf_counter()
+            started = self.clock()
             try:
                 return original(*args, **kwargs)
             finally:
                 _wait(self.device)
                 key = phase(args[0])
-                self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
+                self.seconds[key] = self.seconds.get(key, 0.0) + self.clock() - started
 
         setattr(owner, name, timed)
 
@@ -149,7 +155,6 @@ class _Tracker(GeneralTracker):
 
 
 def measure(task: Task) -> Result:
-    started = time.perf_counter()
     phases = _Phases(task.device)
     keeper = _Timekeeper(task, phases)
     accelerator = Accelerator(
@@ -173,9 +178,10 @@ def measure(task: Task) -> Result:
     on_device = torch.cuda.max_memory_allocated() if task.device == "cuda" else None
     named = phases.seconds
     if task.profile:
-        named["rest"] = sum(keeper.seconds) - sum(named.values())
+        named["rest"] = sum(keeper.seconds if task.device == "cuda" else keeper.cpu_seconds) - sum(named.values())
     return Result(
         keeper.seconds,
+        keeper.cpu_seconds,
         keeper.losses,
         usage,
         on_device,

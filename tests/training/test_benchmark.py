@@ -27,6 +27,7 @@ def _results(seconds: dict[str, float], losses: dict[str, dict[str, float]]) -> 
         side = task["side"]
         return {
             "seconds": [seconds.get(side, 1.0)] * 3,
+            "cpu_seconds": [seconds.get(side, 1.0)] * 3,
             "losses": [{"task": 1.0, "output": 1.0, "feature": 4.0, "gradient_norm": 9.0, **losses.get(side, {})}] * 4,
             "peak": 10**9,
             "device_peak": None,
