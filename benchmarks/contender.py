@@ -29,6 +29,7 @@ from bksdm import checkpoint
 from bksdm.checkpoint import Checkpoint
 from bksdm.variants import VARIANTS
 from bksdm_training import cache, loop
+from bksdm_training.allocator import keep_freed_memory
 from bksdm_training.config import DistillConfig
 from bksdm_training.distill import distill
 from bksdm_training.examples import Batch, Feed
@@ -206,6 +207,8 @@ def _config(task: Task) -> DistillConfig:
 
 def _ours(task: Task, teacher: Checkpoint, accelerator: Accelerator, keeper: _Timekeeper, folder: Path) -> None:
     accelerator.log_with = [_Tracker(keeper)]
+    if task.device == "cpu":
+        keep_freed_memory()  # as the command does
     config = _config(task)
     material = open_material(Path(task.data), teacher, config)
     distill(config, teacher, VARIANTS[task.variant], material, folder, accelerator)

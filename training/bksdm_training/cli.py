@@ -260,10 +260,15 @@ def _named(options: dict[str, Any], names: str) -> dict[str, Any]:
 def _accelerator(cpu: bool, mixed_precision: str | None, output: Path | None) -> Accelerator:
     from accelerate import Accelerator
 
+    from bksdm_training.allocator import keep_freed_memory
+
     trackers = {}
     if output is not None and find_spec("tensorboard"):
         trackers = {"log_with": "tensorboard", "project_dir": output}
-    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, **trackers)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, **trackers)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
 
 
 def _teacher(row: Variant, options: dict[str, Any]) -> Checkpoint:
