@@ -52,6 +52,18 @@ def test_inputs_are_those_without_a_cache(teacher, mini_data, tmp_path, dtype, l
     assert worst < limit
 
 
+def test_half_precision_is_read_within_a_bf16_run(teacher, mini_data, tmp_path):
+    """torch.cat refuses float16 where a CPU computes in bf16: a run from a cache as it is stored ended at its start."""
+    folder = _build(teacher, mini_data / "train", tmp_path / "cache", dtype="fp16")
+    feed = Feed(
+        open_material(folder, teacher, CONFIG).examples, batch_size=4, parts=1, process=0, processes=1, workers=0
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = feed.batch(1, 0)
+    assert batch.moments is not None
+    assert (batch.moments.dtype, len(batch.moments)) == (torch.float16, 4)
+
+
 def test_neither_encoder_is_run(teacher, cached, monkeypatch):
     monkeypatch.setattr(type(teacher.vae), "encode", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(type(teacher.text_encoder), "forward", lambda *_, **__: 1 / 0)

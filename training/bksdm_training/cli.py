@@ -393,6 +393,8 @@ def _accelerator(cpu: bool, mixed_precision: str | None, output: Path | None) ->
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
 
+    from bksdm_training.allocator import keep_freed_memory
+
     trackers = {}
     if mixed_precision == "fp16" and (cpu or not torch.cuda.is_available()):
         raise click.ClickException("--mixed-precision fp16 needs a GPU: take bf16 or no")
@@ -404,6 +406,8 @@ def _accelerator(cpu: bool, mixed_precision: str | None, output: Path | None) ->
     sharding = getattr(accelerator.state, "fsdp_plugin", None)
     if sharding is not None and sharding.fsdp_version == 1:
         raise click.ClickException("accelerate is configured for FSDP 1: set fsdp_version to 2")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 

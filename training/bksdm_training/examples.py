@@ -160,7 +160,8 @@ class Feed:
             self._batches = self._from(step, part)
         self._next = (step, part + 1) if part + 1 < self.parts else (step + 1, 0)
         try:
-            return next(self._batches)
+            with torch.autocast("cpu", enabled=False):  # as in a worker; torch.cat refuses fp16 in bf16's autocast
+                return next(self._batches)
         except DataError as error:
             raise without_traceback(error) from None
 
