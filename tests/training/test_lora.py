@@ -165,15 +165,19 @@ def test_every_gradient_is_that_of_the_merged_weights(base, mini_data, config):
     context = networks["text_encoder"](batch.ids).last_hidden_state.double()
     eps = networks["unet"](noisy.double(), timesteps, context).sample
     (eps - target).square().mean().backward()
-    worst = 0.0
+    errors, sizes = [], []
     for name, pair in pairs.items():
         part, _, module = name.partition(".")
         gradient = networks[part].get_submodule(module).weight.grad.double()
         a, b = pair["lora_A"].detach().double(), pair["lora_B"].detach().double()
         for role, expected in (("lora_B", scale * gradient @ a.T), ("lora_A", scale * b.T @ gradient)):
             assert expected.abs().max() > 0
-            worst = max(worst, ((pair[role].grad - expected).abs().max() / expected.abs().max()).item())
-    assert worst < 1e-4  # measured 1.1e-5
+            errors.append((pair[role].grad - expected).abs().max().item())
+            sizes.append(expected.abs().max().item())
+    # Of each layer's own largest; of a thousandth of the largest of all where that is more: q and k of a layer that
+    # hardly attends are all rounding.
+    floor = 1e-3 * max(sizes)
+    assert max(error / max(size, floor) for error, size in zip(errors, sizes, strict=True)) < 3e-4  # measured 7.6e-5
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(base, mini_data, tmp_path, monkeypatch):
