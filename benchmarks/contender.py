@@ -28,7 +28,7 @@ from transformers import CLIPTextModel
 from bksdm import checkpoint
 from bksdm.checkpoint import Checkpoint
 from bksdm.variants import VARIANTS
-from bksdm_training import cache, loop
+from bksdm_training import cache, loop, progress
 from bksdm_training.allocator import keep_freed_memory
 from bksdm_training.config import DistillConfig
 from bksdm_training.distill import distill
@@ -152,7 +152,7 @@ class _Tracker(GeneralTracker):
         self.told = told
 
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-        self.told(loop.summed({key: value for key, value in values.items() if key != "learning_rate"}))
+        self.told(progress.summed({key: value for key, value in values.items() if key != "learning_rate"}))
 
 
 def measure(task: Task) -> Result:

@@ -10,6 +10,8 @@ from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from torch import FloatTensor, Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from bksdm.components import vae_scale
+
 
 @torch.no_grad()
 def sample(
@@ -28,7 +30,7 @@ def sample(
     """Pictures [N, 3, size, size] of the prompts, float32 in [-1, 1], on the CPU; PNDM, classifier-free guidance.
 
     All modules on one device. Picture i starts from torch's CPU noise of seeds[i], as the runtime draws it."""
-    side = size // 2 ** (len(vae.config["block_out_channels"]) - 1)
+    side = size // vae_scale(vae)
     noise = initial_noise((int(unet.config["in_channels"]), side, side), seeds).to(unet.device)
     context = embed(text_encoder, tokenizer, [""] * (len(prompts) if guidance > 1 else 0) + list(prompts))
     latents = denoise(unet, noise, context, scheduler_config, guidance=guidance, steps=steps)

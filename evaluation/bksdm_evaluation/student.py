@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from bksdm import digests
 from bksdm.checkpoint import Checkpoint
 from bksdm.packages import PACKAGES
 from bksdm.perceptual import Lpips
@@ -158,21 +158,8 @@ def describe(model: Checkpoint) -> dict[str, Any]:
         "unet_macs": count_macs(model.unet.config, latent=torch_pipeline.latent_size(model)),
         "latent_size": torch_pipeline.latent_size(model),
         "image_size": model.image_size,
-        "sha256": weight_hashes(model),
+        "sha256": digests.of_parts(model),
     }
-
-
-def weight_hashes(model: Checkpoint) -> dict[str, str]:
-    """SHA-256 of the weights of each part, in the order of their names."""
-    parts: Mapping[str, nn.Module] = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
-    found = {}
-    for name, part in parts.items():
-        total = hashlib.sha256()
-        for key, tensor in sorted(part.state_dict().items()):
-            total.update(f"{key}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-            total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        found[name] = total.hexdigest()
-    return found
 
 
 def score(
@@ -250,7 +237,7 @@ def _teacher_key(teacher: Checkpoint, split: Split, drawing: Drawing) -> dict[st
     (demo, 8 captions, batches of 1 and of 4: 1 level, mean below 1e-4)."""
     settings = {name: value for name, value in asdict(drawing).items() if name != "batch_size"}
     return {
-        "weights": weight_hashes(teacher),
+        "weights": digests.of_parts(teacher),
         "scheduler": {name: value for name, value in teacher.scheduler_config.items() if not name.startswith("_")},
         "vae_scaling_factor": teacher.vae.config["scaling_factor"],
         "image_size": teacher.image_size,

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from bksdm.checkpoint import Checkpoint
+from bksdm.components import vae_scale
 from bksdm.sampling import decode, denoise, embed, initial_noise
 from bksdm_evaluation.retrieval import ScoreError
 from bksdm_runtime.image import to_uint8
@@ -62,7 +63,7 @@ def generate(
 
 def latent_size(checkpoint: Checkpoint) -> int:
     """Height and width of the latents at the checkpoint's own picture size."""
-    return checkpoint.image_size // 2 ** (len(checkpoint.vae.config["block_out_channels"]) - 1)
+    return checkpoint.image_size // vae_scale(checkpoint.vae)
 
 
 def _context(checkpoint: Checkpoint, text: str) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bksdm import checkpoint
+from bksdm import checkpoint, digests
 from bksdm.unet import count_macs, count_params
 from bksdm_evaluation import student, torch_pipeline
 from bksdm_evaluation.retrieval import ScoreError
@@ -20,7 +20,6 @@ from bksdm_evaluation.student import (
     perceptual_distances,
     read_split,
     score,
-    weight_hashes,
 )
 
 DRAWING = Drawing(steps=2, guidance_scale=2.0, seed=3, batch_size=2)
@@ -133,11 +132,11 @@ def test_a_model_is_described_by_what_it_costs_and_by_its_weights(mini_checkpoin
     config = mini_checkpoint.unet.config
     assert found["unet_params"] == count_params(config)
     assert found["unet_macs"] == count_macs(config, latent=8)
-    assert found["sha256"] == weight_hashes(build_mini()) != weight_hashes(build_mini(seed=1))
+    assert found["sha256"] == digests.of_parts(build_mini()) != digests.of_parts(build_mini(seed=1))
     changed = build_mini()
     with torch.no_grad():
         changed.vae.decoder.conv_out.bias[0] += 1e-3
-    differs = [name for name, value in weight_hashes(changed).items() if value != found["sha256"][name]]
+    differs = [name for name, value in digests.of_parts(changed).items() if value != found["sha256"][name]]
     assert differs == ["vae"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -81,6 +83,26 @@ def trained(mini_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_teacher(MINI, mini_data, folder, torch.device("cpu"), dtype=torch.float32)
     torch.set_num_threads(before)
     return folder
+
+
+@pytest.fixture
+def narrow_unet() -> Callable[..., UNet2DConditionModel]:
+    """Stable Diffusion's stage pattern at 16 channels, the same weights at every call."""
+
+    def build(*, v2: bool = False) -> UNet2DConditionModel:
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 16, 16, 16),
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            cross_attention_dim=12,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            use_linear_projection=v2,
+        )
+
+    return build
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bksdm import checkpoint, lora
-from bksdm_training import cli, loop
+from bksdm_training import cli, loop, progress
 from bksdm_training.config import AdaptConfig, LoopConfig
 from bksdm_training.data import DataError
 from bksdm_training.examples import PairedExamples
@@ -61,7 +61,7 @@ def _with(config=CONFIG, **changes):
 
 
 def _log(output):
-    return loop.read_log(output / "states")
+    return progress.read_log(output / "states")
 
 
 def _newest(output):

@@ -53,19 +53,9 @@ def test_terms_and_their_gradients_equal_float64(weights, weighted):
 
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("removal", [SMALL, TINY], ids=["small", "tiny"])
-def test_the_whole_loss_has_the_parameter_gradients_of_float64(removal, v2):
+def test_the_whole_loss_has_the_parameter_gradients_of_float64(narrow_unet, removal, v2):
     """Independent: diffusers in float64, features through hooks of its own, the sum written out."""
-    torch.manual_seed(0)
-    teacher = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 16, 16, 16),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        cross_attention_dim=12,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        use_linear_projection=v2,
-    )
+    teacher = narrow_unet(v2=v2)
     student = block_removal.compress(teacher, removal)
     with torch.no_grad():
         for parameter in student.parameters():  # away from the teacher, or output and features would hardly differ

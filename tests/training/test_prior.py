@@ -21,7 +21,7 @@ def test_class_pictures_are_drawn_once_and_the_same_after_a_kill(trained, tmp_pa
     pictures[1].unlink()
     draw()
     assert [picture.read_bytes() for picture in pictures] == whole
-    monkeypatch.setattr(prior, "sample", lambda *_, **__: pytest.fail("it drew again"))
+    monkeypatch.setattr(prior, "draw", lambda *_, **__: pytest.fail("it drew again"))
     draw()
     with pytest.raises(ResumeError, match="begun with other --class-prompt"):
         draw("a cat")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from bksdm import block_removal
 from bksdm.architecture import SD_V1_4, SD_V2_1
@@ -20,20 +19,6 @@ PUBLISHED_TINY = [
     ("up_blocks.3", "up_blocks.2"),
 ]
 REMOVALS = {"base": BASE, "small": SMALL, "tiny": TINY}
-
-
-def _teacher(v2: bool = False) -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 16, 16, 16),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        cross_attention_dim=12,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        use_linear_projection=v2,
-    )
 
 
 def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,8 +41,8 @@ def test_an_innermost_stage_without_attention_is_compared_at_its_last_residual()
 
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("name", REMOVALS)
-def test_pairs_have_the_same_shape_and_the_prediction_is_the_unets_own(name, v2):
-    teacher = _teacher(v2).eval()
+def test_pairs_have_the_same_shape_and_the_prediction_is_the_unets_own(narrow_unet, name, v2):
+    teacher = narrow_unet(v2=v2).eval()
     student = block_removal.compress(teacher, REMOVALS[name])
     pairs = taps(teacher.config, REMOVALS[name])
     inputs = _inputs()
@@ -72,9 +57,9 @@ def test_pairs_have_the_same_shape_and_the_prediction_is_the_unets_own(name, v2)
         assert a.shape == b.shape
 
 
-def test_features_are_what_the_modules_give():
+def test_features_are_what_the_modules_give(narrow_unet):
     """Two taps whose outputs are known otherwise: the way in of the last stage, and what conv_norm_out receives."""
-    unet = _teacher().eval()
+    unet = narrow_unet().eval()
     seen = {}
     unet.conv_norm_out.register_forward_pre_hook(lambda _, args: seen.update(up=args[0]))
     unet.mid_block.register_forward_pre_hook(lambda _, args: seen.update(down=args[0]))
@@ -86,9 +71,9 @@ def test_features_are_what_the_modules_give():
 
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("name", REMOVALS)
-def test_every_tap_has_a_gradient_with_gradient_checkpointing_on(name, v2):
+def test_every_tap_has_a_gradient_with_gradient_checkpointing_on(narrow_unet, name, v2):
     """The published tap of tiny lies in a checkpointed region and was a constant there."""
-    teacher = _teacher(v2)
+    teacher = narrow_unet(v2=v2)
     names = [pair.student for pair in taps(teacher.config, REMOVALS[name])]
     gradients = {}
     for checkpointed in (False, True):
@@ -112,8 +97,8 @@ def test_every_tap_has_a_gradient_with_gradient_checkpointing_on(name, v2):
             torch.testing.assert_close(again[key], value, rtol=0, atol=0)
 
 
-def test_nothing_is_kept_between_calls():
-    student = Tapped(_teacher().train(), ["down_blocks.2.attentions.1.proj_out"])
+def test_nothing_is_kept_between_calls(narrow_unet):
+    student = Tapped(narrow_unet().train(), ["down_blocks.2.attentions.1.proj_out"])
     student.unet.enable_gradient_checkpointing()
     predicted, (feature,) = student(*_inputs())
     (predicted.mean() + feature.mean()).backward()  # runs the region again

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bksdm import checkpoint
-from bksdm_training import loop, teacher, vae
+from bksdm_training import progress, teacher, vae
 from bksdm_training.checkpointing import ResumeError
 from bksdm_training.config import LoopConfig, with_changes
 from bksdm_training.data import DataError
@@ -179,7 +179,7 @@ def test_training_on_cuda_in_bf16_ends_in_a_checkpoint_and_goes_on(tmp_path, min
     config = replace(mini_config, vae=replace(mini_config.vae, bf16=True), unet=replace(mini_config.unet, bf16=True))
     for steps in (6, 8):
         folder = train_teacher(with_changes(config, None, steps), mini_data, tmp_path, torch.device("cuda"))
-        assert [row["step"] for row in loop.read_log(tmp_path / "unet")] == list(range(1, steps + 1))
+        assert [row["step"] for row in progress.read_log(tmp_path / "unet")] == list(range(1, steps + 1))
     for part in (checkpoint.load(str(folder)).unet, checkpoint.load(str(folder)).text_encoder):
         assert all(torch.isfinite(tensor).all() for tensor in part.state_dict().values())
     facts = json.loads((tmp_path / "training.json").read_text())

@@ -5,7 +5,6 @@ random state to save: every draw comes from a generator seeded by (seed, step)."
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -114,15 +113,6 @@ def _remove(state: Path) -> None:
     doomed = Path(tempfile.mkdtemp(dir=state.parent, prefix=_UNFINISHED))
     state.rename(doomed / state.name)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of weights, in the order of their names: whether two modules are the same one."""
-    total = hashlib.sha256()
-    for key in sorted(tensors):
-        total.update(key.encode())
-        total.update(tensors[key].detach().float().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()
 
 
 def steps(folder: Path) -> list[int]:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bksdm.checkpoint import Checkpoint
+from bksdm.digests import digest
 from bksdm.sampling import sample
 from bksdm_training import checkpointing, loop
 from bksdm_training.charts import save_grid
-from bksdm_training.checkpointing import digest, restore_module
+from bksdm_training.checkpointing import restore_module
 from bksdm_training.config import TeacherConfig
 from bksdm_training.data import Order, Pictures, seeded, tokenize
 from bksdm_training.vae import encode_moments

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,21 +14,20 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from bksdm import block_removal, checkpoint, licence
+from bksdm import block_removal, checkpoint, digests, licence
 from bksdm.checkpoint import Checkpoint
-from bksdm.sampling import sample
 from bksdm.unet import build_unet, unet_config
 from bksdm.variants import Variant
-from bksdm_training import checkpointing, loop, records, runs
-from bksdm_training.charts import save_curve, save_grid
-from bksdm_training.checkpointing import ResumeError
+from bksdm_training import fit, records, runs
+from bksdm_training.charts import save_grid
+from bksdm_training.checkpointing import State
 from bksdm_training.config import DistillConfig
 from bksdm_training.denoiser import loss_weights
-from bksdm_training.examples import Feed
-from bksdm_training.inputs import Inputs, frozen
+from bksdm_training.examples import Batch
+from bksdm_training.inputs import Inputs, draw, frozen, placed
 from bksdm_training.losses import distillation_terms
 from bksdm_training.material import Material
-from bksdm_training.taps import Tapped, taps
+from bksdm_training.taps import Tap, Tapped, taps
 
 
 def distill(
@@ -44,10 +42,7 @@ def distill(
     block_removal.student_name(row, teacher.unet.config)
     bare = _student(config, teacher, row)  # what does not fit is refused before anything is written
     started = _begin(config, teacher, row, material, output, accelerator)
-    device = accelerator.device
-    parts = config.parts(accelerator.num_processes)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
+    device, dtype = accelerator.device, fit.network_dtype(accelerator)
     pairs = taps(teacher.unet.config, row.removal)
     student = Tapped(bare.train(), [tap.student for tap in pairs])
     if config.gradient_checkpointing:
@@ -57,25 +52,13 @@ def distill(
         for unet in (student.unet, guide.unet):
             compile_blocks(unet)
     prepare = Inputs(teacher, device)
-    feed = Feed(
-        material.examples,
-        batch_size=config.loop.batch_size,
-        parts=parts,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-        workers=config.workers,
-        pinned=device.type == "cuda",
-    )
-    skips = runs.SkipCount(material.lost, config.skip_limit, output / "states")
-    snr = config.weights.snr_gamma
-    is_velocity = prepare.scheduler.config["prediction_type"] == "v_prediction"
     example_weights = None
-    if snr is not None:
-        example_weights = loss_weights(prepare.scheduler.alphas_cumprod, snr, velocity=is_velocity).to(device)
+    if config.weights.snr_gamma is not None:
+        is_velocity = prepare.scheduler.config["prediction_type"] == "v_prediction"
+        alphas = prepare.scheduler.alphas_cumprod
+        example_weights = loss_weights(alphas, config.weights.snr_gamma, velocity=is_velocity).to(device)
 
-    def loss_at(model: nn.Module, step: int, part: int) -> dict[str, Tensor]:
-        batch = feed.batch(step, part)
-        skips.add(batch)
+    def loss_of(model: nn.Module, batch: Batch, _positions: range) -> dict[str, Tensor]:
         noisy, timesteps, context, target = prepare(batch)
         theirs, their_features = None, ()
         if config.weights.teacher_needed:
@@ -85,35 +68,8 @@ def distill(
         weighted = None if example_weights is None else example_weights[timesteps]
         return distillation_terms(ours, target, our_features, theirs, their_features, config.weights, weighted)
 
-    finish = _Checkpoints(config, teacher, row, material, output, device)
-    runs.track(accelerator, f"distill-{row.name}", output / "states")
-
-    def on_checkpoint(step: int, average: Mapping[str, Tensor], staging: Path) -> None:
-        finish.write(step, average, staging)
-        skips.write(staging)
-
-    loop.run(
-        row.name,
-        student,
-        loss_at,
-        replace(config.loop, accumulate=parts),
-        output / "states",
-        accelerator=accelerator,
-        on_checkpoint=on_checkpoint,
-        on_saved=finish.show,
-        made_on=started,
-        on_step=lambda step: skips.check(step, config.loop),
-    )
-    if accelerator.is_main_process and (skips.taken or not (output / "training.json").is_file()):
-        finish.publish(
-            taps=[asdict(tap) for tap in pairs],
-            skipped=skips.summary(),
-            processes=accelerator.num_processes,
-            parts=parts,
-            mixed_precision=str(accelerator.mixed_precision),
-        )
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # last: it ends the processes' group
+    product = _Student(config, teacher, row, material, output, device, pairs)
+    fit.fit(row.name, student, loss_of, product, config, material, output, accelerator, made_on=started)
     return output / "checkpoint"
 
 
@@ -124,8 +80,8 @@ def _begin(
     now: dict[str, object] = {
         "variant": row.name,
         "settings": runs.settings(config),
-        "data": {**material.about, "identity": material.examples.identity},
-        "teacher": runs.digests(teacher),
+        "data": fit.described(material),
+        "teacher": digests.of_parts(teacher),
         "precision": str(accelerator.mixed_precision),
     }
     said = {
@@ -155,8 +111,8 @@ def compile_blocks(unet: UNet2DConditionModel) -> None:
             module.compile()
 
 
-class _Checkpoints:
-    """Writes the averaged student as a diffusers checkpoint, with its pictures beside the teacher's."""
+class _Student:
+    """The averaged student as a diffusers checkpoint, with its pictures beside the teacher's: a fit.Product."""
 
     def __init__(
         self,
@@ -166,52 +122,51 @@ class _Checkpoints:
         material: Material,
         output: Path,
         device: torch.device,
+        pairs: Sequence[Tap],
     ) -> None:
         self.config, self.teacher, self.row, self.material = config, teacher, row, material
-        self.output, self.device = output, device
+        self.output, self.device, self.pairs = output, device, pairs
         self.captions = list(material.captions[: config.shown])
-        self.teachers: Tensor | None = None
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
         """The student on the CPU; only the main process comes to need it."""
         return build_unet(unet_config(self.teacher.unet.config, self.row.removal))
 
+    @cached_property
+    def teachers(self) -> Tensor:
+        """The teacher's pictures, drawn once."""
+        return self._pictures(self.teacher)
+
     def write(self, step: int, average: Mapping[str, Tensor], staging: Path) -> None:
-        """A state's own checkpoint."""
         self._take(average)
         checkpoint.save(self._whole(step), staging / "checkpoint", dtype=torch.float16)
 
-    def show(self, _step: int, average: Mapping[str, Tensor], state: Path) -> None:
-        """A state's grid, and the curve so far."""
-        rows = loop.read_log(self.output / "states")
-        save_curve([loop.summed(row) for row in rows], self.output / "loss.png", title=f"distilling {self.row.name}")
+    def show(self, step: int, average: Mapping[str, Tensor], folder: Path) -> None:
+        """Teacher above student, from the same noise."""
         if self.captions:
             self._take(average)
-            self._draw(state / "samples.png")
+            pictures = torch.cat([self.teachers, self._pictures(replace(self.teacher, unet=self.unet))])
+            save_grid(pictures, folder / "samples.png", columns=len(self.captions), captions=self.captions * 2)
+
+    def publish(self, state: State, folder: Path) -> dict[str, object]:
+        self._take(state.groups["ema"])
+        checkpoint.save(self._whole(state.step), self.output / "checkpoint", dtype=torch.float16)
+        if not (folder / "samples.png").is_file():  # killed before it was drawn
+            self.show(state.step, state.groups["ema"], folder)
+        records.copy_whole(folder / "samples.png", self.output)
+        return {
+            "variant": self.row.name,
+            "teacher": self.teacher.source,
+            "taps": [asdict(pair) for pair in self.pairs],
+        }
 
     def _take(self, average: Mapping[str, Tensor]) -> None:
         self.unet.load_state_dict({key.removeprefix("unet."): value for key, value in average.items()})
 
-    def publish(self, **facts: object) -> None:
-        """The newest state's checkpoint and grid as the run's, and training.json with all that repeats it."""
-        state = checkpointing.load_newest(self.output / "states")
-        if state is None:
-            raise ResumeError(f"{self.output / 'states'} is gone: run the command again")
-        self._take(state.groups["ema"])
-        checkpoint.save(self._whole(state.step), self.output / "checkpoint", dtype=torch.float16)
-        if self.captions:
-            self._draw(self.output / "samples.png")
-        written = {
-            "variant": self.row.name,
-            "config": asdict(self.config),
-            "teacher": self.teacher.source,
-            "data": {**self.material.about, "identity": self.material.examples.identity},
-            "seconds": round(float(str(state.facts["seconds"]))),
-            **facts,
-            **records.machine(self.device, "transformers", "accelerate"),
-        }
-        records.write_json(self.output / "training.json", written)
+    def _pictures(self, whole: Checkpoint) -> Tensor:
+        seeds = range(len(self.captions))
+        return draw(placed(whole, self.device), self.captions, self.config.size, seeds=seeds)
 
     def _whole(self, step: int) -> Checkpoint:
         changed = (
@@ -229,25 +184,3 @@ class _Checkpoints:
             source=f"{self.teacher.source}, distilled as {self.row.name}",
             licence=replace(terms, notice=f"{changed}\n\n{terms.notice}"),
         )
-
-    def _draw(self, path: Path) -> None:
-        """Teacher above student, from the same noise."""
-        if self.teachers is None:
-            self.teachers = self._pictures(self.teacher.unet)
-        pictures = torch.cat([self.teachers, self._pictures(self.unet)])
-        save_grid(pictures, path, columns=len(self.captions), captions=self.captions * 2)
-
-    def _pictures(self, unet: UNet2DConditionModel) -> Tensor:
-        half = self.device.type == "cuda"
-        with torch.autocast("cuda", torch.float16) if half else nullcontext():
-            return sample(
-                frozen(unet, self.device),
-                frozen(self.teacher.text_encoder, self.device),
-                frozen(self.teacher.vae, self.device),
-                self.teacher.tokenizer,
-                self.teacher.scheduler_config,
-                self.captions,
-                guidance=self.teacher.guidance_scale,
-                seeds=range(len(self.captions)),
-                size=self.config.size,
-            )

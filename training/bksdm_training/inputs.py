@@ -1,8 +1,11 @@
-"""From a batch to what a U-Net is given, with the frozen encoders of a checkpoint."""
+"""A checkpoint where it is used, frozen: what its encoders make of a batch, and what it draws."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar, cast
 
@@ -12,6 +15,7 @@ from torch import IntTensor, Tensor, nn
 from transformers import CLIPTextModel
 
 from bksdm.checkpoint import Checkpoint
+from bksdm.sampling import sample
 from bksdm_training.examples import Batch
 from bksdm_training.vae import encode_pixels
 
@@ -23,6 +27,34 @@ def frozen(module: Module, device: torch.device, dtype: torch.dtype = torch.floa
     placed = module if device.type == "cpu" and dtype == torch.float32 else copy.deepcopy(module)
     # nn.Module's own: diffusers' warns of nothing that happens here
     return cast(Module, nn.Module.to(placed, device=device, dtype=dtype).eval().requires_grad_(False))
+
+
+def placed(whole: Checkpoint, device: torch.device) -> Checkpoint:
+    """The whole model frozen on a device, to draw with."""
+    return replace(
+        whole,
+        unet=frozen(whole.unet, device),
+        text_encoder=frozen(whole.text_encoder, device),
+        vae=frozen(whole.vae, device),
+    )
+
+
+def draw(whole: Checkpoint, prompts: Sequence[str], size: int, *, seeds: Sequence[int], steps: int = 25) -> Tensor:
+    """Pictures as bksdm.sampling.sample gives them, of a model that lies where it is used; on a GPU in fp16."""
+    device = whole.unet.device
+    with torch.autocast("cuda", torch.float16) if device.type == "cuda" else nullcontext():
+        return sample(
+            whole.unet,
+            whole.text_encoder,
+            whole.vae,
+            whole.tokenizer,
+            whole.scheduler_config,
+            prompts,
+            guidance=whole.guidance_scale,
+            seeds=seeds,
+            size=size,
+            steps=steps,
+        )
 
 
 class Inputs:

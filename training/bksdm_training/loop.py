@@ -5,10 +5,8 @@ Processes, mixed precision and sharding are accelerate's; the loop asks no more 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -21,11 +19,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from bksdm_training import checkpointing
 from bksdm_training.checkpointing import ResumeError
 from bksdm_training.config import LoopConfig
+from bksdm_training.progress import Log, Progress
 
 logger = logging.getLogger(__name__)
 LossAt = Callable[[nn.Module, int, int], Mapping[str, Tensor]]
@@ -62,10 +60,9 @@ def run(
     process, and may write into `staging`, the folder of that state; what it raises ends the run. on_saved(step,
     average, folder) comes after, for what is only looked at: where it fails, that is said and the run goes on.
     made_on: what the run depends on (a hash); a state made on something else is refused. rates: learning rate factor of
-    the parameters whose name ends so; 1 for the
-    others. pictures_at(step): how many pictures a step sees, where that is not always the batch size. on_step(step):
-    called in every process after a step, and may raise to end the run. Progress on stderr: a bar on a terminal,
-    elsewhere a line at every checkpoint.
+    the parameters whose name ends so; 1 for the others. pictures_at(step): how many pictures a step sees, where that is
+    not always the batch size. on_step(step): called in every process after a step, and may raise to end the run.
+    Progress on stderr: a bar on a terminal, elsewhere a line at every checkpoint.
     Raises DivergedError, checkpointing.ResumeError."""
     optimizer = torch.optim.AdamW(
         _groups(module, rates or {}),
@@ -84,8 +81,8 @@ def run(
     first, started, overflows = done + 1, time.monotonic(), 0
     model.train()
     with (
-        _Log(folder / "log.jsonl", first, written=accelerator.is_main_process) as log,
-        _Progress(name, done, config, pictures_at, shown=accelerator.is_main_process) as progress,
+        Log(folder / "log.jsonl", first, written=accelerator.is_main_process) as log,
+        Progress(name, done, config, pictures_at, shown=accelerator.is_main_process) as progress,
     ):
         for step in range(first, config.steps + 1):
             for group in optimizer.param_groups:
@@ -141,13 +138,6 @@ def _precision(config: LoopConfig, accelerator: Accelerator) -> Any:
     if config.bf16:
         return torch.autocast(accelerator.device.type, torch.bfloat16)
     return accelerator.autocast()
-
-
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """The loss log of a stage: one {"step", term: value, ...} a step."""
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may have cut the last one
 
 
 def _groups(module: nn.Module, rates: Mapping[str, float]) -> list[dict[str, object]]:
@@ -265,90 +255,3 @@ def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> Non
             average[key].lerp_(value, 1 - decay)
         else:
             average[key].copy_(value)
-
-
-class _Progress:
-    """A bar on stderr where that is a terminal; elsewhere a line a checkpoint, for a log keeps every state of a bar."""
-
-    def __init__(
-        self,
-        name: str,
-        done: int,
-        config: LoopConfig,
-        pictures_at: Callable[[int], int] | None = None,
-        *,
-        shown: bool = True,
-    ) -> None:
-        self.name, self.done, self.config = name, done, config
-        self.pictures_at = pictures_at or (lambda step: config.batch_size)
-        self.pictures, self.started, self.since = 0, time.monotonic(), time.monotonic()
-        self.shown = shown
-        self.bar = tqdm(
-            total=config.steps,
-            initial=done,
-            desc=name,
-            unit="step",
-            dynamic_ncols=True,
-            disable=None if shown else True,  # None: off where stderr is no terminal
-        )
-
-    def stepped(self, step: int, figures: Mapping[str, float]) -> None:
-        self.pictures += self.pictures_at(step)
-        shown = summed(figures)
-        rate = self.pictures / (time.monotonic() - self.since)
-        self.bar.set_postfix(
-            {**{key: f"{value:.4f}" for key, value in shown.items()}, "images/s": f"{rate:.1f}"}, refresh=False
-        )
-        self.bar.update()
-
-    def saved(self, step: int, figures: Mapping[str, float]) -> None:
-        now = time.monotonic()
-        if self.bar.disable and self.shown:
-            losses = ", ".join(f"{key} {value:.4f}" for key, value in summed(figures).items())
-            rate = self.pictures / (now - self.since)  # since the line before, checkpoint and samples included
-            left = tqdm.format_interval((now - self.started) / (step - self.done) * (self.config.steps - step))
-            line = f"{self.name}: step {step:,} of {self.config.steps:,}, {losses}, {rate:.1f} images/s, {left} left"
-            tqdm.write(line, file=sys.stderr)
-        self.pictures, self.since = 0, now
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-
-def summed(figures: Mapping[str, float]) -> dict[str, float]:
-    """Terms that are numbered ("feature_0", "feature_1") as one sum: a line has room for no more."""
-    sums: dict[str, float] = {}
-    for key, value in figures.items():
-        name = key.rstrip("0123456789").rstrip("_")
-        sums[name] = sums.get(name, 0.0) + value
-    return sums
-
-
-class _Log:
-    """Append-only loss log; steps after the resumed state are dropped, since they are trained again."""
-
-    def __init__(self, path: Path, first: int, *, written: bool = True) -> None:
-        self.file = None
-        if not written:  # the main process writes it
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_log(path.parent) if row["step"] < first]
-        staging = path.with_name(f".{path.name}")
-        staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        staging.replace(path)
-        self.file = path.open("a", buffering=1)  # a line at a time: what a kill can cut off is one line
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        if self.file:
-            # 7 digits, not decimals: a feature term can be a millionth
-            self.file.write(json.dumps({"step": step, **{k: float(f"{v:.7g}") for k, v in figures.items()}}) + "\n")
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file:
-            self.file.close()

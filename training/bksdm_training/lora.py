@@ -4,10 +4,8 @@ DreamBooth's prompts, a subject, and what it learnt is a file of a few megabytes
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, cast
@@ -18,17 +16,16 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from bksdm import licence, lora
+from bksdm import digests, licence, lora
 from bksdm.checkpoint import Checkpoint
 from bksdm.components import with_clip_prefix
-from bksdm.sampling import sample
-from bksdm_training import checkpointing, loop, records, runs
-from bksdm_training.charts import save_curve, save_grid
-from bksdm_training.checkpointing import ResumeError
+from bksdm_training import fit, records, runs
+from bksdm_training.charts import save_grid
+from bksdm_training.checkpointing import State
 from bksdm_training.config import AdaptConfig
 from bksdm_training.data import DataError
-from bksdm_training.examples import Feed
-from bksdm_training.inputs import Inputs, frozen
+from bksdm_training.examples import Batch
+from bksdm_training.inputs import Inputs, draw, placed
 from bksdm_training.material import Material
 
 TARGETS = {"unet": ("to_q", "to_k", "to_v", "to_out.0"), "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj")}
@@ -53,73 +50,33 @@ def adapt(
         raise DataError("a cache holds what the text encoder gave, and it is to be trained: give the pictures")
     now = {
         "settings": runs.settings(config),
-        "data": {**material.about, "identity": material.examples.identity},
-        "weights": runs.digests(base),
+        "data": fit.described(material),
+        "weights": digests.of_parts(base),
         "precision": str(accelerator.mixed_precision),
     }
     said = {"settings": "settings", "data": "data", "weights": "--weights", "precision": "--mixed-precision"}
     runs.begin(output, now, said, accelerator)
     device = accelerator.device
-    parts = config.parts(accelerator.num_processes)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    adapters = Adapters(base, config, device, dtype)
+    adapters = Adapters(base, config, device, fit.network_dtype(accelerator))
     prepare = Inputs(base, device)
-    feed = Feed(
-        material.examples,
-        batch_size=config.loop.batch_size,
-        parts=parts,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-        workers=config.workers,
-        pinned=device.type == "cuda",
-    )
-    skips = runs.SkipCount(material.lost, config.skip_limit, output / "states")
 
-    def loss_at(model: nn.Module, step: int, part: int) -> dict[str, Tensor]:
-        batch = feed.batch(step, part)
-        skips.add(batch)
+    def loss_of(model: nn.Module, batch: Batch, positions: range) -> dict[str, Tensor]:
         noisy, timesteps, target = prepare.noised(batch)
         text = cast(Tensor, batch.ids).to(device) if config.text_encoder else prepare.context(batch)
         predicted = model(noisy, timesteps, text)
         error = (predicted.float() - target).square().mean((1, 2, 3))  # [B]
         if config.prior_weight is None:
             return {"task": error.mean()}
-        is_prior = torch.tensor([position % 2 for position in feed.positions(step, part)], device=device)
+        is_prior = torch.tensor([position % 2 for position in positions], device=device)
         # Each a mean over its own half of the step's batch, wherever this part's pictures lie.
         return {
             "task": 2 * (error * (1 - is_prior)).mean(),
             "prior": config.prior_weight * 2 * (error * is_prior).mean(),
         }
 
-    finish = _Checkpoints(config, base, material, output, device, prompts)
-    runs.track(accelerator, "lora", output / "states")
-
-    def on_checkpoint(step: int, average: Mapping[str, Tensor], staging: Path) -> None:
-        finish.write(step, average, staging)
-        skips.write(staging)
-
-    loop.run(
-        "lora",
-        adapters,
-        loss_at,
-        replace(config.loop, accumulate=parts),
-        output / "states",
-        accelerator=accelerator,
-        on_checkpoint=on_checkpoint,
-        on_saved=finish.show,
-        made_on=runs.made_on(now["data"], now["weights"]),
-        on_step=lambda step: skips.check(step, config.loop),
-    )
-    if accelerator.is_main_process and (skips.taken or not (output / "training.json").is_file()):
-        finish.publish(
-            trained=sum(weight.numel() for weight in adapters.parameters()),
-            skipped=skips.summary(),
-            processes=accelerator.num_processes,
-            parts=parts,
-            mixed_precision=str(accelerator.mixed_precision),
-        )
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # last: it ends the processes' group
+    product = _Adapted(config, base, material, output, device, prompts, sum(w.numel() for w in adapters.parameters()))
+    made_on = runs.made_on(now["data"], now["weights"])
+    fit.fit("lora", adapters, loss_of, product, config, material, output, accelerator, made_on=made_on)
     return output / lora.FILE
 
 
@@ -183,8 +140,8 @@ def save_adapters(weights: Mapping[str, Tensor], config: AdaptConfig, path: Path
     records.save_tensors(convert_state_dict_to_diffusers(tensors), path)
 
 
-class _Checkpoints:
-    """Writes the averaged adapters with their licence, and pictures of the base above those of the adapted model."""
+class _Adapted:
+    """The averaged adapters with their licence, and pictures of the base above the adapted model's: a fit.Product."""
 
     def __init__(
         self,
@@ -194,16 +151,21 @@ class _Checkpoints:
         output: Path,
         device: torch.device,
         prompts: Sequence[str],
+        trained: int,
     ) -> None:
+        """trained: how many numbers the adapters are."""
         self.config, self.base, self.material = config, base, material
-        self.output, self.device = output, device
+        self.output, self.device, self.trained = output, device, trained
         shown = max(config.shown, len(prompts)) if config.shown else 0
         # Few prompts, as DreamBooth's one, are drawn several times, each from noise of its own.
         self.prompts = list(islice(cycle(prompts or material.captions), shown))
-        self.before: Tensor | None = None
+
+    @cached_property
+    def before(self) -> Tensor:
+        """The base's pictures, drawn once."""
+        return self._pictures(self.base)
 
     def write(self, step: int, average: Mapping[str, Tensor], staging: Path) -> None:
-        """A state's own file and licence."""
         save_adapters(average, self.config, staging / lora.FILE)
         terms = self.base.licence
         if self.material.terms is not None:
@@ -211,51 +173,19 @@ class _Checkpoints:
         changed = f"Changed: these low-rank adapters are changes to {self.base.source}, trained for {step} steps."
         (staging / "LICENSE").write_text(f"{changed}\n\n{terms.notice}", encoding="utf-8")
 
-    def show(self, _step: int, _average: Mapping[str, Tensor], state: Path) -> None:
-        """A state's grid, and the curve so far."""
-        rows = loop.read_log(self.output / "states")
-        save_curve([loop.summed(row) for row in rows], self.output / "loss.png", title="fine-tuning")
+    def show(self, step: int, average: Mapping[str, Tensor], folder: Path) -> None:
+        """Base above adapted, from the same noise."""
         if self.prompts:
-            self._draw(lora.merge(self.base, state / lora.FILE), state / "samples.png")
+            adapted = lora.merge(self.base, folder / lora.FILE)
+            pictures = torch.cat([self.before, self._pictures(adapted)])
+            save_grid(pictures, folder / "samples.png", columns=len(self.prompts), captions=self.prompts * 2)
 
-    def publish(self, **facts: object) -> None:
-        """The newest state's files as the run's, and training.json with all that repeats it."""
-        state = checkpointing.load_newest(self.output / "states")
-        if state is None:
-            raise ResumeError(f"{self.output / 'states'} is gone: run the command again")
+    def publish(self, state: State, folder: Path) -> dict[str, object]:
+        if not (folder / "samples.png").is_file():  # killed before it was drawn
+            self.show(state.step, state.groups["ema"], folder)
         for name in (lora.FILE, "LICENSE", "samples.png"):
-            path = self.output / "states" / f"step-{state.step:08d}" / name
-            if path.is_file():
-                shutil.copyfile(path, self.output / f".{name}")
-                (self.output / f".{name}").replace(self.output / name)
-        written = {
-            "weights": self.base.source,
-            "config": asdict(self.config),
-            "data": {**self.material.about, "identity": self.material.examples.identity},
-            "prompts": self.prompts,
-            "seconds": round(float(str(state.facts["seconds"]))),
-            **facts,
-            **records.machine(self.device, "transformers", "accelerate", "peft"),
-        }
-        records.write_json(self.output / "training.json", written)
-
-    def _draw(self, adapted: Checkpoint, path: Path) -> None:
-        if self.before is None:
-            self.before = self._pictures(self.base)
-        pictures = torch.cat([self.before, self._pictures(adapted)])
-        save_grid(pictures, path, columns=len(self.prompts), captions=self.prompts * 2)
+            records.copy_whole(folder / name, self.output)
+        return {"weights": self.base.source, "prompts": self.prompts, "trained": self.trained}
 
     def _pictures(self, whole: Checkpoint) -> Tensor:
-        half = self.device.type == "cuda"
-        with torch.autocast("cuda", torch.float16) if half else nullcontext():
-            return sample(
-                frozen(whole.unet, self.device),
-                frozen(whole.text_encoder, self.device),
-                frozen(whole.vae, self.device),
-                whole.tokenizer,
-                whole.scheduler_config,
-                self.prompts,
-                guidance=whole.guidance_scale,
-                seeds=range(len(self.prompts)),
-                size=self.config.size,
-            )
+        return draw(placed(whole, self.device), self.prompts, self.config.size, seeds=range(len(self.prompts)))

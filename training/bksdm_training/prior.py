@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from bksdm import digests
 from bksdm.checkpoint import Checkpoint
-from bksdm.sampling import sample
 from bksdm_training import runs
-from bksdm_training.inputs import frozen
+from bksdm_training.inputs import draw, placed
 
 TOGETHER = 4  # pictures drawn at once
 
@@ -25,31 +23,16 @@ def draw_class(
     """Fill `folder` with `count` pictures of the prompt, picture i from noise of seed i; what is there is kept.
 
     The main process draws. Raises ResumeError when the folder holds pictures of something else."""
-    now = {"prompt": prompt, "count": count, "size": size, "steps": steps, "weights": runs.digests(base)}
+    now = {"prompt": prompt, "count": count, "size": size, "steps": steps, "weights": digests.of_parts(base)}
     said = {"prompt": "--class-prompt", "count": "--class-count", "size": "--size", "steps": "steps"}
     runs.begin(folder, now, {**said, "weights": "--weights"}, accelerator)
     if accelerator.is_main_process:
         # Whole batches, of which a killed run may have written some: a picture's last digits depend on its batch.
         batches = [range(first, min(first + TOGETHER, count)) for first in range(0, count, TOGETHER)]
         missing = [seeds for seeds in batches if not all(_path(folder, seed).is_file() for seed in seeds)]
-        device = accelerator.device
-        unet, text_encoder, vae = base.unet, base.text_encoder, base.vae
-        if missing:
-            unet, text_encoder, vae = frozen(unet, device), frozen(text_encoder, device), frozen(vae, device)
+        whole = placed(base, accelerator.device) if missing else base
         for seeds in tqdm(missing, "class pictures", unit="batch", dynamic_ncols=True, disable=None):
-            with torch.autocast("cuda", torch.float16) if device.type == "cuda" else nullcontext():
-                pictures = sample(
-                    unet,
-                    text_encoder,
-                    vae,
-                    base.tokenizer,
-                    base.scheduler_config,
-                    [prompt] * len(seeds),
-                    guidance=base.guidance_scale,
-                    seeds=seeds,
-                    size=size,
-                    steps=steps,
-                )
+            pictures = draw(whole, [prompt] * len(seeds), size, seeds=seeds, steps=steps)
             for seed, pixels in zip(seeds, pictures, strict=True):
                 _save(pixels, _path(folder, seed))
     accelerator.wait_for_everyone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +42,14 @@ def write_json(path: Path, content: object) -> None:
     staging = path.with_name(f".{path.name}")
     staging.write_text(json.dumps(content, indent=2) + "\n")
     staging.replace(path)
+
+
+def copy_whole(path: Path, folder: Path) -> None:
+    """A file's copy in a folder, whole or not there; nothing where there is no such file."""
+    if path.is_file():
+        staging = folder / f".{path.name}"
+        shutil.copyfile(path, staging)
+        staging.replace(folder / path.name)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from bksdm import checkpoint, image_folder, licence
+from bksdm import checkpoint, digests, image_folder, licence
 from bksdm.checkpoint import Checkpoint
 from bksdm.licence import Licence
-from bksdm_training import checkpointing, loop, records
+from bksdm_training import checkpointing, progress, records
 from bksdm_training.charts import save_curve, save_grid
 from bksdm_training.config import TeacherConfig
 from bksdm_training.data import DataError, Pictures, read_folder
@@ -101,7 +101,7 @@ def _draw(
         pictures = draw(model, vae, tokenizer, captions, guidance)
         save_grid(pictures, output / f"samples-{split}.png", columns=8, captions=captions)
     for stage in ("vae", "unet"):
-        if rows := loop.read_log(output / stage):
+        if rows := progress.read_log(output / stage):
             save_curve(rows, output / f"loss-{stage}.png", title=f"demo teacher: {stage}")
 
 
@@ -141,11 +141,7 @@ def _files(data: Path, splits: Mapping[str, Pictures], terms: Licence) -> dict[s
 
 def _weights(begin: Checkpoint) -> dict[str, object]:
     """What tells one starting point from another: SHA-256 of each part, and the scale of the latents."""
-    parts = {"text_encoder": begin.text_encoder, "unet": begin.unet, "vae": begin.vae}
-    return {
-        **{name: checkpointing.digest(part.state_dict()) for name, part in parts.items()},
-        "scaling_factor": begin.vae.config["scaling_factor"],
-    }
+    return {**digests.of_parts(begin), "scaling_factor": begin.vae.config["scaling_factor"]}
 
 
 def _same_run(config: TeacherConfig, made_on: Mapping[str, object], output: Path) -> None:
