@@ -144,8 +144,9 @@ def train(model, optimizer, steps):
 
 model, optimizer = build()
 train(model, optimizer, range(3))
-weights = checkpointing.module_tensors(model)
-moments = checkpointing.optimizer_tensors(model, optimizer)
+# They may be the model's own, as the optimizer's step counts are: a state is written before anything moves on.
+weights = {{key: value.clone() for key, value in checkpointing.module_tensors(model).items()}}
+moments = {{key: value.clone() for key, value in checkpointing.optimizer_tensors(model, optimizer).items()}}
 train(model, optimizer, range(3, 6))
 whole = checkpointing.module_tensors(model)
 again, optimizer = build()
