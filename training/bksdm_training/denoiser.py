@@ -4,6 +4,7 @@ The autoencoder is frozen and its moments are computed once; latents are sampled
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -22,7 +23,10 @@ from bksdm_training.charts import save_grid
 from bksdm_training.checkpointing import restore_module
 from bksdm_training.config import TeacherConfig
 from bksdm_training.data import Order, Pictures, seeded, tokenize
+from bksdm_training.records import ResumeError
 from bksdm_training.vae import encode_moments
+
+log = logging.getLogger(__name__)
 
 # Stable Diffusion v1's noise schedule and sampler settings
 SCHEDULER_CONFIG: dict[str, object] = {
@@ -95,13 +99,14 @@ def train_denoiser(
 ) -> Denoiser:
     """Train (or go on training) the denoiser; `shown` are the captions of the sample grid at every checkpoint.
 
-    begin: weights to start from instead of random ones. Raises ResumeError when they are of another shape."""
+    begin: weights to start from instead of random ones; see `take_over` for a U-Net of other widths. Raises ResumeError
+    when they are of another shape."""
     torch.manual_seed(config.unet.seed)
     device = accelerator.device
     model = Denoiser(config, tokenizer).to(device)
     if begin is not None:
         restore_module(model.text_encoder, begin.text_encoder.state_dict())
-        restore_module(model.unet, begin.unet.state_dict())
+        take_over(model.unet, begin.unet.state_dict())
     mean, std = (encode_moments(vae, pictures, device) * vae.config["scaling_factor"]).chunk(2, 1)
     tokens = tokenize(tokenizer, pictures.captions)
     order = Order(len(pictures), config.unet.batch_size, config.unet.seed)
@@ -140,6 +145,22 @@ def train_denoiser(
     )
     silence_unseen_tokens(model.text_encoder, tokens.ids)
     return model
+
+
+def take_over(unet: nn.Module, weights: Mapping[str, Tensor]) -> int:
+    """Start a U-Net from one of other widths: every tensor of the same name and shape is copied, the rest stay as they
+    were drawn; returns how many were copied. Raises ResumeError when that is not even half of them."""
+    own = unet.state_dict()
+    same = {name for name, tensor in own.items() if name in weights and weights[name].shape == tensor.shape}
+    if 2 * len(same) < len(own):
+        raise ResumeError(
+            f"only {len(same)} of the U-Net's {len(own)} tensors have the shapes of the weights to start from: "
+            "start from a model of nearly the same widths, or without one"
+        )
+    if len(same) < len(own):
+        log.warning("%d of the U-Net's %d tensors start from the weights given, the rest anew", len(same), len(own))
+    restore_module(unet, {name: weights[name] if name in same else tensor for name, tensor in own.items()})
+    return len(same)
 
 
 def loss_weights(alphas_cumprod: Tensor, gamma: float, *, velocity: bool = False) -> Tensor:
