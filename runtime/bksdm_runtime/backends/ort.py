@@ -15,8 +15,8 @@ import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 
 from bksdm_runtime.bundle import Bundle
+from bksdm_runtime.contract import Component, TensorSpec
 from bksdm_runtime.engine import EngineError, to_caller, to_graph
-from bksdm_runtime.manifest import Component, TensorSpec
 
 # Above every severity (4 is fatal): warnings about graph clean-up say nothing to a user, and each error that the
 # library would print also comes as an exception, which becomes one sentence here.
