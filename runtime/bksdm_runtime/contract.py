@@ -9,6 +9,7 @@ from bksdm_runtime.strict_json import JsonError
 
 FLOATS = ("float32", "float16")
 INTEGERS = ("int32", "int64")
+DEEP = "deep_features"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ _CONTRACT: Mapping[str, tuple[Mapping[str, tuple[tuple[str, ...], str]], Mapping
         },
         {"out_sample": (FLOATS, "batch latents height width")},
     ),
+    # The outermost layer of the U-Net alone; what it takes of the rest, the U-Net of such a bundle gives besides.
+    "unet_shallow": (
+        {
+            "sample": (FLOATS, "batch latents height width"),
+            "timestep": (FLOATS + INTEGERS, "batch"),
+            "encoder_hidden_states": (FLOATS, "batch tokens context"),
+            DEEP: (FLOATS, "batch deep height width"),
+        },
+        {"out_sample": (FLOATS, "batch latents height width")},
+    ),
     "vae_decoder": (
         {"latent_sample": (FLOATS, "batch latents height width")},
         {"sample": (FLOATS, "batch rgb height width")},
@@ -72,7 +83,9 @@ _CONTRACT: Mapping[str, tuple[Mapping[str, tuple[tuple[str, ...], str]], Mapping
         {"latent_parameters": (FLOATS, "batch moments height width")},
     ),
 }
-_OPTIONAL_COMPONENTS = ("vae_encoder",)
+_OPTIONAL_COMPONENTS = ("vae_encoder", "unet_shallow")
+# Beside the U-Net: they share a file of weights, and a graph finds such a file in its own folder alone.
+_FOLDERS = {"unet_shallow": "unet"}
 
 
 def check_components(components: Mapping[str, Component], facts: ModelFacts, precision: str) -> None:
@@ -99,18 +112,14 @@ def check_components(components: Mapping[str, Component], facts: ModelFacts, pre
             raise JsonError(f"components.{name} is unknown (known: {', '.join(_CONTRACT)})")
     for name, component in components.items():
         # Its external weights are found from its folder: whatever lies there must be listed.
-        if not component.path.startswith(f"{name}/"):
+        folder = _FOLDERS.get(name, name)
+        if not component.path.startswith(f"{folder}/"):
             raise JsonError(
-                f"components.{name}.path must lie in the folder {name}/, found {ascii(component.path)[:80]}"
+                f"components.{name}.path must lie in the folder {folder}/, found {ascii(component.path)[:80]}"
             )
     for name in _CONTRACT:
         if name not in components and name not in _OPTIONAL_COMPONENTS:
             raise JsonError(f"components.{name} is missing")
-    for name, component in components.items():
-        _check_graph(name, component, facts, precision)
-
-
-def _check_graph(name: str, component: Component, facts: ModelFacts, precision: str) -> None:
     sizes = {
         "tokens": facts.tokens,
         "context": facts.context_dim,
@@ -118,6 +127,21 @@ def _check_graph(name: str, component: Component, facts: ModelFacts, precision: 
         "rgb": 3,
         "moments": 2 * facts.latent_channels,  # mean, then logarithm of the variance
     }
+    if "unet_shallow" in components:
+        sizes["deep"] = _deep_channels(components["unet"])
+    for name, component in components.items():
+        _check_graph(name, component, sizes, precision)
+
+
+def _deep_channels(unet: Component) -> int:
+    """Of the features that the shallow U-Net is to take. Raises JsonError where the U-Net does not give them."""
+    for spec in unet.outputs:
+        if spec.name == DEEP and len(spec.axes) == 4 and isinstance(spec.axes[1], int) and spec.dtype in FLOATS:
+            return spec.axes[1]
+    raise JsonError(f"components.unet.outputs must give {DEEP}, [batch, channels, height, width], for unet_shallow")
+
+
+def _check_graph(name: str, component: Component, sizes: Mapping[str, int], precision: str) -> None:
     for side, specs, expected in zip(
         ("inputs", "outputs"), (component.inputs, component.outputs), _CONTRACT[name], strict=True
     ):
