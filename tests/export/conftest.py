@@ -75,12 +75,12 @@ def faulty_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between export and verification, one number of the VAE decoder's graph changes."""
     save = to_onnx.save
 
-    def changed(model: ir.Model, path: Path) -> None:
+    def changed(model: ir.Model, path: Path, shared: Path | None = None) -> None:
         weight = model.graph.initializers.get("decoder.up_blocks.2.resnets.0.conv1.weight")
         if weight is not None and weight.const_value is not None and path.parent.name == "vae_decoder":
             array = weight.const_value.numpy().copy()
             array.flat[0] += 0.5
             weight.const_value = ir.Tensor(array)
-        save(model, path)
+        save(model, path, shared)
 
     monkeypatch.setattr(to_onnx, "save", changed)

@@ -120,10 +120,10 @@ def refused_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph of the VAE decoder that ONNX Runtime does not open."""
     save = to_onnx.save
 
-    def changed(model: ir.Model, path: Path) -> None:
+    def changed(model: ir.Model, path: Path, shared: Path | None = None) -> None:
         if path.parent.name == "vae_decoder":
             next(node for node in model.graph if node.op_type == "Conv").op_type = "Konv"
-        save(model, path)
+        save(model, path, shared)
 
     monkeypatch.setattr(to_onnx, "save", changed)
 

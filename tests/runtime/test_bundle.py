@@ -154,10 +154,10 @@ def test_a_shallow_unet_lies_beside_the_unet_and_takes_its_features(
     assert bundles.load(folder).component_path("unet_shallow") == folder / "unet" / "shallow.onnx"
     narrower = {"name": "deep_features", "dtype": "float32", "axes": ["batch", 3, "height", "width"]}
     rewrite_manifest(folder, _set("components", "unet_shallow", "inputs", 3, value=narrower))
-    refuse(folder, "unet_shallow.inputs: deep_features must be [batch, 8, height, width], found [batch, 3,")
+    refuse(folder, r"unet_shallow.inputs: deep_features must be \[batch, 8, height, width\], found \[batch, 3,")
     whole = {**narrower, "axes": ["batch", "deep", "height", "width"]}
     rewrite_manifest(folder, _set("components", "unet", "outputs", 1, value=whole))
-    refuse(folder, "components.unet.outputs must give deep_features, [batch, channels, height, width]")
+    refuse(folder, r"components.unet.outputs must give deep_features, \[batch, channels, height, width\]")
 
 
 @pytest.mark.parametrize("path", ["model.onnx", "scheduler/model.onnx", "vae_decoder/unet.onnx", "unet.onnx"])
