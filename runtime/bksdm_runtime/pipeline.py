@@ -16,7 +16,7 @@ from PIL import Image
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.batches import MEMORY_BUDGET, Batch, plan
 from bksdm_runtime.bundle import Bundle
-from bksdm_runtime.engine import Engine, EngineError, open_engine, resolve_backend
+from bksdm_runtime.engine import DEFAULT_SETTINGS, Engine, EngineError, EngineSettings, open_engine, resolve_backend
 from bksdm_runtime.image import from_image, open_image, to_rgb, to_uint8
 from bksdm_runtime.noise import Generator as NoiseGenerator
 from bksdm_runtime.noise import open_generator
@@ -141,34 +141,44 @@ def _resolve(bundle: Bundle, request: Request) -> Request:
 
 
 class Pipeline:
-    """A bundle opened on a backend that uses `threads` threads.
+    """A bundle opened on a backend.
 
     Not thread-safe; opens the VAE encoder when the first init image comes.
+    settings: with what "auto" and None meant filled in.
     """
 
     def __init__(
-        self, bundle: Bundle, backend: str, threads: int, tokenizer: Tokenizer, engines: Mapping[str, Engine]
+        self, bundle: Bundle, settings: EngineSettings, tokenizer: Tokenizer, engines: Mapping[str, Engine]
     ) -> None:
         self.bundle = bundle
-        self.backend = backend
-        self.threads = threads
+        self.settings = settings
         self._tokenizer = tokenizer
         self._engines = dict(engines)
 
     @classmethod
-    def open(cls, bundle: Bundle | Path | str, *, backend: str = "auto", threads: int | None = None) -> Pipeline:
+    def open(cls, bundle: Bundle | Path | str, settings: EngineSettings = DEFAULT_SETTINGS) -> Pipeline:
         """Open a bundle, or the folder of one, whose every file is then verified.
 
         Raises BundleError, EngineError, MissingBackend.
         """
         opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle)
-        name = resolve_backend(backend)
-        engines = {
-            component: open_engine(opened, component, backend=name, threads=threads)
-            for component in ("text_encoder", "unet", "vae_decoder")
-        }
+        chosen = replace(settings, backend=resolve_backend(settings.backend))
+        engines = {name: open_engine(opened, name, chosen) for name in ("text_encoder", "unet", "vae_decoder")}
         tokenizer = Tokenizer.open(opened.root / bundles.TOKENIZER_FOLDER)
-        return cls(opened, name, engines["unet"].threads, tokenizer, engines)
+        unet = engines["unet"]
+        return cls(opened, replace(chosen, threads=unet.threads, arithmetic=unet.arithmetic), tokenizer, engines)
+
+    @property
+    def backend(self) -> str:
+        return self._engines["unet"].backend
+
+    @property
+    def arithmetic(self) -> str:
+        return self._engines["unet"].arithmetic
+
+    @property
+    def threads(self) -> int:
+        return self._engines["unet"].threads
 
     def generate(
         self, requests: Sequence[Request], *, batch_size: int | None = None, memory_budget: int = MEMORY_BUDGET
@@ -216,9 +226,7 @@ class Pipeline:
     def encode_image(self, image: Image.Image, height: int, width: int, generator: NoiseGenerator) -> Array:
         """A picture, resized -> latents [C, h, w] drawn from the VAE's posterior, as diffusers' image-to-image does."""
         if "vae_encoder" not in self._engines:
-            self._engines["vae_encoder"] = open_engine(
-                self.bundle, "vae_encoder", backend=self.backend, threads=self.threads
-            )
+            self._engines["vae_encoder"] = open_engine(self.bundle, "vae_encoder", self.settings)
         parameters = _run(self._engines["vae_encoder"], "latent_parameters", sample=from_image(image, height, width))[0]
         mean, log_variance = np.split(parameters, 2)  # [C, h, w] each
         # The bounds are diffusers' DiagonalGaussianDistribution's.
