@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bksdm_runtime.evaluations import Evaluation, plan_evaluations
 from bksdm_runtime.request import Request
 from bksdm_runtime.schedule import Schedule, make_schedule
 
@@ -22,8 +23,13 @@ class Batch:
     positions: tuple[int, ...]
     requests: tuple[Request, ...]
     schedule: Schedule
+    evaluations: tuple[Evaluation, ...]
     height: int
     width: int
+
+    @property
+    def guided(self) -> bool:
+        return any(evaluation.guided for evaluation in self.evaluations)
 
 
 def plan(
@@ -37,7 +43,8 @@ def plan(
     for position, request in enumerate(requests):
         strength = request.strength if request.init_image is not None else None
         guided = request.guidance > 1
-        key = (request.size, request.sampler, request.steps, guided, strength)
+        saved = (request.guidance_interval, request.cache_interval)
+        key = (request.size, request.sampler, request.steps, guided, strength, *saved)
         groups.setdefault(key, []).append(position)
     batches: list[Batch] = []
     for positions in groups.values():
@@ -45,11 +52,17 @@ def plan(
         height, width = first.size
         strength = first.strength if first.init_image is not None else None
         schedule = make_schedule(config, steps=first.steps, sampler=first.sampler, strength=strength)
+        evaluations = plan_evaluations(
+            len(schedule.timesteps),
+            guided=first.guidance > 1,
+            guidance_interval=first.guidance_interval,
+            cache_interval=first.cache_interval,
+        )
         fits = batch_limit(height, width, vae_scale_factor, first.guidance > 1, budget)
         share = fits if largest is None else largest
         for start in range(0, len(positions), share):
             chosen = tuple(positions[start : start + share])
-            batches.append(Batch(chosen, tuple(requests[i] for i in chosen), schedule, height, width))
+            batches.append(Batch(chosen, tuple(requests[i] for i in chosen), schedule, evaluations, height, width))
     return batches
 
 

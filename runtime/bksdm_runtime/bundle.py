@@ -9,17 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from bksdm_runtime.contract import Component, ModelFacts, TensorSpec
 from bksdm_runtime.manifest import (
     MANIFEST_NAME,
     SCHEDULER_CONFIG,
     SCHEMA_VERSION,
     BundleError,
-    Component,
     FileRecord,
     Licence,
     Manifest,
-    ModelFacts,
-    TensorSpec,
 )
 from bksdm_runtime.strict_json import JsonError, parse_object
 

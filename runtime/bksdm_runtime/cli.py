@@ -79,6 +79,21 @@ def _print_help(context: click.Context, _parameter: click.Parameter, wanted: boo
 @click.option(
     "--guidance-scale", type=float, metavar="X", help="1 is none, at half the work.  [default: the model's own]"
 )
+@click.option(
+    "--guidance-interval",
+    type=(float, float),
+    metavar="START END",
+    default=(0.0, 1.0),
+    help="Guide between these shares of the steps only; the others cost half.  [default: 0 1, all]",
+)
+@click.option(
+    "--cache-interval",
+    type=int,
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Run the whole U-Net every N steps and its outermost layer between: faster, not exact.",
+)
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Picture number i uses seed + i.")
 @click.option(
     "--count",
@@ -136,6 +151,8 @@ def command(
     negative_prompt: str,
     steps: int,
     guidance_scale: float | None,
+    guidance_interval: tuple[float, float],
+    cache_interval: int,
     seed: int,
     count: int,
     height: int | None,
@@ -192,6 +209,8 @@ def command(
                     init_image=init_image,
                     strength=strength,
                     noise=noise,
+                    guidance_interval=guidance_interval,
+                    cache_interval=cache_interval,
                 )
                 for i, one in enumerate(seeds)
             )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bksdm_runtime.bundle import Bundle
-from bksdm_runtime.manifest import Component
+from bksdm_runtime.contract import Component
 
 ARITHMETICS = ("auto", "f32", "bf16")
 

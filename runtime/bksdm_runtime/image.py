@@ -140,6 +140,8 @@ def read_request(path: Path) -> tuple[Request, Provenance]:
             init_image=Path(texts["init_image"]) if "init_image" in texts else None,
             strength=float(texts["strength"]) if "strength" in texts else Request.strength,
             noise=texts["noise"],
+            guidance_interval=_interval(texts.get("guidance_interval", "0 1")),  # older pictures say neither
+            cache_interval=int(texts.get("cache_interval", "1")),
         )
         provenance = Provenance(
             bundle=texts["bundle"],
@@ -165,6 +167,11 @@ def read_request(path: Path) -> tuple[Request, Provenance]:
     return request, provenance
 
 
+def _interval(text: str) -> tuple[float, float]:
+    start, end = text.split()
+    return float(start), float(end)
+
+
 def _texts(request: Request, provenance: Provenance, height: int, width: int) -> Mapping[str, str]:
     """Text chunks, in order: the form that common tools read, then one chunk for each value."""
     texts = {
@@ -178,6 +185,8 @@ def _texts(request: Request, provenance: Provenance, height: int, width: int) ->
         "height": str(height),
         "width": str(width),
         "noise": request.noise,
+        "guidance_interval": " ".join(map(repr, map(float, request.guidance_interval))),
+        "cache_interval": str(request.cache_interval),
         "bundle": provenance.bundle,
         "variant": provenance.variant,
         "backend": provenance.backend,
@@ -209,6 +218,10 @@ def _parameters(request: Request, provenance: Provenance, height: int, width: in
     }
     if request.init_image is not None:
         settings["Denoising strength"] = f"{request.strength:g}"
+    if request.guidance_interval != Request.guidance_interval:
+        settings["Guidance interval"] = "{:g}-{:g}".format(*request.guidance_interval)
+    if request.cache_interval > 1:
+        settings["Cache interval"] = str(request.cache_interval)
     settings["Version"] = f"bksdm {provenance.version}"
     lines = [request.prompt]
     if request.negative_prompt:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from bksdm_runtime.contract import FLOATS, INTEGERS, Component, ModelFacts, TensorSpec, check_components
 from bksdm_runtime.strict_json import Fields, JsonError, parse_object
 
 SCHEMA_VERSION = 1
@@ -14,30 +15,10 @@ SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 PRECISIONS = ("fp32", "fp16")
 MAX_FILES = 10_000
 _MAX_FILE_BYTES = 1 << 50
-_FLOATS = ("float32", "float16")
-_INTEGERS = ("int32", "int64")
 
 
 class BundleError(Exception):
     """A bundle that cannot be trusted or used; the message is one sentence for the user."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One input or output of a graph. dtype: float32, float16, int32 or int64; a dynamic axis is its name."""
-
-    name: str
-    dtype: str
-    axes: tuple[str | int, ...]
-
-
-@dataclass(frozen=True)
-class Component:
-    """One graph. path: posix, relative to the bundle."""
-
-    path: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -46,25 +27,6 @@ class FileRecord:
 
     bytes: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the pipeline must know about the model.
-
-    height, width: default size in pixels, multiples of size_multiple; guidance_scale: the default, at least 1.
-    scaling_factor: latents are the VAE's times this.
-    """
-
-    tokens: int
-    context_dim: int
-    latent_channels: int
-    vae_scale_factor: int
-    scaling_factor: float
-    size_multiple: int
-    height: int
-    width: int
-    guidance_scale: float
 
 
 @dataclass(frozen=True)
@@ -104,7 +66,8 @@ class Manifest:
         """Read and check every field, and the components against one another. Raises BundleError."""
         try:
             manifest = _manifest(Fields(parse_object(text), ""))
-            _check_components(manifest)
+            check_components(manifest.components, manifest.model, manifest.precision)
+            _check_listed(manifest)
         except JsonError as error:
             raise BundleError(f"{MANIFEST_NAME}: {error}") from None
         return manifest
@@ -180,108 +143,14 @@ def _tensor_specs(component: Fields, name: str) -> tuple[TensorSpec, ...]:
             if not isinstance(axis, (str, int)) or not (named or sized):
                 raise JsonError(f"{place} must be a positive whole number or the name of a dynamic axis")
             axes.append(axis)
-        specs.append(TensorSpec(fields.text("name"), fields.choice("dtype", _FLOATS + _INTEGERS), tuple(axes)))
+        specs.append(TensorSpec(fields.text("name"), fields.choice("dtype", FLOATS + INTEGERS), tuple(axes)))
     if len({spec.name for spec in specs}) != len(specs):
         raise JsonError(f"{component.where}.{name} has a tensor name twice")
     return tuple(specs)
 
 
-# Axes of the I/O contract: a name in `_sized` must have that size; any other is dynamic.
-# The graphs may have more outputs (a pooler), never more inputs: nothing would feed them.
-_CONTRACT: Mapping[str, tuple[Mapping[str, tuple[tuple[str, ...], str]], Mapping[str, tuple[tuple[str, ...], str]]]] = {
-    "text_encoder": (
-        {"input_ids": (_INTEGERS, "batch tokens")},
-        {"last_hidden_state": (_FLOATS, "batch tokens context")},
-    ),
-    "unet": (
-        {
-            "sample": (_FLOATS, "batch latents height width"),
-            "timestep": (_FLOATS + _INTEGERS, "batch"),
-            "encoder_hidden_states": (_FLOATS, "batch tokens context"),
-        },
-        {"out_sample": (_FLOATS, "batch latents height width")},
-    ),
-    "vae_decoder": (
-        {"latent_sample": (_FLOATS, "batch latents height width")},
-        {"sample": (_FLOATS, "batch rgb height width")},
-    ),
-    "vae_encoder": (
-        {"sample": (_FLOATS, "batch rgb height width")},
-        {"latent_parameters": (_FLOATS, "batch moments height width")},
-    ),
-}
-_OPTIONAL_COMPONENTS = ("vae_encoder",)
-
-
-def _check_components(manifest: Manifest) -> None:
-    """The facts, the files and the graphs against one another. Raises JsonError."""
-    facts = manifest.model
-    if not facts.scaling_factor > 0:
-        raise JsonError(f"model.scaling_factor must be positive, found {facts.scaling_factor}")
-    if not facts.guidance_scale >= 1:
-        raise JsonError(f"model.guidance_scale must be at least 1 (no guidance), found {facts.guidance_scale}")
-    if facts.size_multiple % facts.vae_scale_factor:
-        raise JsonError(
-            f"model.size_multiple ({facts.size_multiple}) must be a multiple of "
-            f"model.vae_scale_factor ({facts.vae_scale_factor})"
-        )
-    for side, pixels in (("height", facts.height), ("width", facts.width)):
-        if pixels % facts.size_multiple:
-            raise JsonError(
-                f"model.{side} ({pixels}) must be a multiple of model.size_multiple ({facts.size_multiple})"
-            )
-    for name in manifest.components:
-        if name not in _CONTRACT:
-            raise JsonError(f"components.{name} is unknown (known: {', '.join(_CONTRACT)})")
+def _check_listed(manifest: Manifest) -> None:
     listed = [manifest.licence.file, SCHEDULER_CONFIG, *(part.path for part in manifest.components.values())]
     for path in listed:
         if path not in manifest.files:
             raise JsonError(f"files does not list {path}")
-    for name, component in manifest.components.items():
-        # Its external weights are found from its folder: whatever lies there must be listed.
-        if not component.path.startswith(f"{name}/"):
-            raise JsonError(
-                f"components.{name}.path must lie in the folder {name}/, found {ascii(component.path)[:80]}"
-            )
-    for name in _CONTRACT:
-        if name not in manifest.components and name not in _OPTIONAL_COMPONENTS:
-            raise JsonError(f"components.{name} is missing")
-    for name, component in manifest.components.items():
-        _check_graph(name, component, manifest)
-
-
-def _check_graph(name: str, component: Component, manifest: Manifest) -> None:
-    facts = manifest.model
-    sizes = {
-        "tokens": facts.tokens,
-        "context": facts.context_dim,
-        "latents": facts.latent_channels,
-        "rgb": 3,
-        "moments": 2 * facts.latent_channels,  # mean, then logarithm of the variance
-    }
-    for side, specs, expected in zip(
-        ("inputs", "outputs"), (component.inputs, component.outputs), _CONTRACT[name], strict=True
-    ):
-        found = {spec.name: spec for spec in specs}
-        where = f"components.{name}.{side}"
-        missing = [tensor for tensor in expected if tensor not in found]
-        extra = [tensor for tensor in found if tensor not in expected] if side == "inputs" else []
-        if missing or extra:
-            raise JsonError(f"{where} must be {', '.join(expected)}, found {', '.join(found) or 'none'}")
-        for tensor, (dtypes, axes) in expected.items():
-            spec = found[tensor]
-            if spec.dtype not in dtypes:
-                raise JsonError(f"{where}: {tensor} must be {' or '.join(dtypes)}, found {spec.dtype}")
-            if spec.dtype == "float16" and manifest.precision == "fp32":
-                raise JsonError(f"{where}: {tensor} is float16 in a bundle of precision fp32")
-            wanted = [sizes.get(axis, axis) for axis in axes.split()]
-            fits = len(wanted) == len(spec.axes) and all(
-                isinstance(has, str) if isinstance(want, str) else has == want
-                for want, has in zip(wanted, spec.axes, strict=True)
-            )
-            if not fits:
-                raise JsonError(f"{where}: {tensor} must be {_shape(wanted)}, found {_shape(spec.axes)}")
-
-
-def _shape(axes: Iterable[str | int]) -> str:
-    return "[" + ", ".join(str(axis) for axis in axes) + "]"

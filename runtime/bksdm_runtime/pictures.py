@@ -118,6 +118,7 @@ def make(order: Order) -> Generator[Path, None, None]:
         _refuse_unwritable(folder_of_pictures)
     pipeline = Pipeline.open(bundle, order.settings)
     _say_what_runs(folder, pipeline)
+    log.info("%s", how_exact(order.requests[0]))
     hashes = _init_image_hashes(order.requests)
     for folder_of_pictures in folders:
         _make_folder(folder_of_pictures)
@@ -147,6 +148,17 @@ def make(order: Order) -> Generator[Path, None, None]:
                         bar = _bar(evaluations, _title(done + 1, done + 1, count))
         finally:
             bar.close()
+
+
+def how_exact(request: Request) -> str:
+    """Whether a request asks for less than exact sampling, in words."""
+    saved: list[str] = []
+    if request.cache_interval > 1:
+        saved.append(f"the whole U-Net every {request.cache_interval} steps only")
+    if request.guidance_interval != Request.guidance_interval:
+        start, end = request.guidance_interval
+        saved.append(f"guidance between {start:g} and {end:g} of the steps only")
+    return f"not exact: {', '.join(saved)}" if saved else "exact sampling"
 
 
 def find_bundle(folder: Path | None) -> tuple[Path, str]:

@@ -16,7 +16,9 @@ from PIL import Image
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.batches import MEMORY_BUDGET, Batch, plan
 from bksdm_runtime.bundle import Bundle
+from bksdm_runtime.contract import DEEP
 from bksdm_runtime.engine import DEFAULT_SETTINGS, Engine, EngineError, EngineSettings, open_engine, resolve_backend
+from bksdm_runtime.evaluations import Evaluation, plan_evaluations
 from bksdm_runtime.image import from_image, open_image, to_rgb, to_uint8
 from bksdm_runtime.noise import Generator as NoiseGenerator
 from bksdm_runtime.noise import open_generator
@@ -65,32 +67,47 @@ class Images:
 
 
 def sample(
-    unet: Engine, schedule: Schedule, noise: Array, context: Array, guidance: Array | None, clean: Array | None = None
+    unet: Engine,
+    schedule: Schedule,
+    noise: Array,
+    context: Array,
+    guidance: Array | None,
+    clean: Array | None = None,
+    *,
+    evaluations: Sequence[Evaluation] | None = None,
+    shallow: Engine | None = None,
 ) -> Generator[tuple[float, Array], None, None]:
     """Walk from noise to clean latents, yielding (timestep, latents [B, C, h, w]) after each U-Net evaluation.
 
     noise: [B, C, h, w] standard normal. context: [2B, 77, D], the negative prompts' first, with guidance; [B, 77, D]
     without. guidance: [B], or None to evaluate the U-Net once per image. clean: [B, C, h, w], what image-to-image
-    starts from. Closing the generator cancels. Classifier-free guidance, arXiv 2207.12598; the table of coefficients
-    is schedule.py's, computed in float64 and applied here in float32.
+    starts from. evaluations: what each computes, None for all of it; those that are not full go to `shallow`, with the
+    deep features that the U-Net gave last; without it all are full. Closing the generator cancels. Classifier-free
+    guidance, arXiv 2207.12598; the table of coefficients is schedule.py's, computed in float64, applied in float32.
     """
     f = np.float32
+    planned = evaluations or plan_evaluations(len(schedule.timesteps), guided=guidance is not None)
     x = noise * f(schedule.initial[1])  # [B, C, h, w]
     if clean is not None:
         x = clean * f(schedule.initial[0]) + x
+    deep = np.empty(0, f)
     history: list[Array] = []  # newest first, as long as a row of b
-    for i, timestep in enumerate(schedule.timesteps):
+    for i, (timestep, now) in enumerate(zip(schedule.timesteps, planned, strict=True)):
         model_input = x * f(schedule.input_scale[i])
-        if guidance is not None:
+        if now.guided:
             model_input = np.concatenate([model_input, model_input])  # [2B, C, h, w]
-        output = _run(
-            unet,
-            "out_sample",
-            sample=model_input,
-            timestep=np.full(len(model_input), timestep, np.float32),
-            encoder_hidden_states=context,
-        )
-        if guidance is not None:
+        inputs = {
+            "sample": model_input,
+            "timestep": np.full(len(model_input), timestep, f),
+            "encoder_hidden_states": context[-len(model_input) :],  # unguided: the prompts', which stand last
+        }
+        if now.full or shallow is None:
+            outputs = unet(inputs)
+        else:
+            outputs = shallow({**inputs, DEEP: deep[-len(model_input) :]})
+        deep = cast(Array, outputs.get(DEEP, deep))  # [2B, F, h, w], or [B, F, h, w] unguided
+        output = cast(Array, outputs["out_sample"])
+        if now.guided and guidance is not None:
             negative, positive = np.split(output, 2)
             output = negative + guidance[:, None, None, None] * (positive - negative)  # [B, C, h, w]
         remembered = x * f(schedule.keep[i, 0]) + output * f(schedule.keep[i, 1])
@@ -136,24 +153,29 @@ def _resolve(bundle: Bundle, request: Request) -> Request:
         raise RequestError(
             "this bundle has no VAE encoder, so it cannot start from a picture: export it again with one"
         )
+    if request.cache_interval > 1 and "unet_shallow" not in bundle.manifest.components:
+        raise RequestError(
+            "this bundle has no shallow U-Net, so no steps can be cached: export it again with --step-cache"
+        )
     guidance = model.guidance_scale if request.guidance_scale is None else request.guidance_scale
     return replace(request, height=height, width=width, guidance_scale=guidance)
 
 
 class Pipeline:
-    """A bundle opened on a backend.
+    """A bundle opened on a backend; `backend`, `arithmetic` and `threads` are what its engines really use.
 
-    Not thread-safe; opens the VAE encoder when the first init image comes.
-    settings: with what "auto" and None meant filled in.
+    Not thread-safe; opens the VAE encoder when the first init image comes, the shallow U-Net when steps are cached.
     """
 
     def __init__(
         self, bundle: Bundle, settings: EngineSettings, tokenizer: Tokenizer, engines: Mapping[str, Engine]
     ) -> None:
         self.bundle = bundle
-        self.settings = settings
+        self._settings = settings
         self._tokenizer = tokenizer
         self._engines = dict(engines)
+        unet = engines["unet"]
+        self.backend, self.arithmetic, self.threads = unet.backend, unet.arithmetic, unet.threads
 
     @classmethod
     def open(cls, bundle: Bundle | Path | str, settings: EngineSettings = DEFAULT_SETTINGS) -> Pipeline:
@@ -165,20 +187,7 @@ class Pipeline:
         chosen = replace(settings, backend=resolve_backend(settings.backend))
         engines = {name: open_engine(opened, name, chosen) for name in ("text_encoder", "unet", "vae_decoder")}
         tokenizer = Tokenizer.open(opened.root / bundles.TOKENIZER_FOLDER)
-        unet = engines["unet"]
-        return cls(opened, replace(chosen, threads=unet.threads, arithmetic=unet.arithmetic), tokenizer, engines)
-
-    @property
-    def backend(self) -> str:
-        return self._engines["unet"].backend
-
-    @property
-    def arithmetic(self) -> str:
-        return self._engines["unet"].arithmetic
-
-    @property
-    def threads(self) -> int:
-        return self._engines["unet"].threads
+        return cls(opened, chosen, tokenizer, engines)
 
     def generate(
         self, requests: Sequence[Request], *, batch_size: int | None = None, memory_budget: int = MEMORY_BUDGET
@@ -225,9 +234,7 @@ class Pipeline:
 
     def encode_image(self, image: Image.Image, height: int, width: int, generator: NoiseGenerator) -> Array:
         """A picture, resized -> latents [C, h, w] drawn from the VAE's posterior, as diffusers' image-to-image does."""
-        if "vae_encoder" not in self._engines:
-            self._engines["vae_encoder"] = open_engine(self.bundle, "vae_encoder", self.settings)
-        parameters = _run(self._engines["vae_encoder"], "latent_parameters", sample=from_image(image, height, width))[0]
+        parameters = _run(self._engine("vae_encoder"), "latent_parameters", sample=from_image(image, height, width))[0]
         mean, log_variance = np.split(parameters, 2)  # [C, h, w] each
         # The bounds are diffusers' DiagonalGaussianDistribution's.
         bounded: Array = np.minimum(np.maximum(log_variance, -30), 20)
@@ -240,7 +247,7 @@ class Pipeline:
     ) -> Generator[Step | Images, None, None]:
         contexts: dict[str, Array] = {}
         for batch in batches:
-            guided = batch.requests[0].guidance > 1
+            guided = batch.guided
             negatives = [request.negative_prompt for request in batch.requests] if guided else []
             texts = [*negatives, *(request.prompt for request in batch.requests)]
             if len(contexts) > _KEPT_CONTEXTS:
@@ -252,7 +259,16 @@ class Pipeline:
             guidance = np.array([r.guidance for r in batch.requests], np.float32) if guided else None
             clean, noise = self._start(batch, pictures)
             latents = noise
-            steps = sample(self._engines["unet"], batch.schedule, noise, context, guidance, clean)
+            steps = sample(
+                self._engines["unet"],
+                batch.schedule,
+                noise,
+                context,
+                guidance,
+                clean,
+                evaluations=batch.evaluations,
+                shallow=None if all(now.full for now in batch.evaluations) else self._engine("unet_shallow"),
+            )
             for index, (timestep, latents) in enumerate(steps):
                 preview = partial(self.decode, latents)
                 yield Step(index, len(batch.schedule.timesteps), timestep, latents, batch.positions, preview)
@@ -260,6 +276,12 @@ class Pipeline:
                 raise EngineError("unet gave NaN or infinity: the picture is lost (an fp16 graph may have overflowed)")
             for i, (position, request) in enumerate(zip(batch.positions, batch.requests, strict=True)):
                 yield Images((position,), (request,), self.decode(latents[i : i + 1]), len(latents), (i,))
+
+    def _engine(self, component: str) -> Engine:
+        """One that only some requests need, opened when the first of them comes."""
+        if component not in self._engines:
+            self._engines[component] = open_engine(self.bundle, component, self._settings)
+        return self._engines[component]
 
     def _start(self, batch: Batch, pictures: Mapping[Path, Image.Image]) -> tuple[Array | None, Array]:
         """Clean latents (None without init images) and noise, [B, C, h, w] each, every image from its own generator."""

@@ -32,6 +32,7 @@ class Request:
     sampler: one of schedule.SAMPLERS.
     init_image: starts from this picture, resized to the size; strength: in (0, 1], how much of it is redone.
     noise: "cpu" or "cuda", whose torch generator the seed belongs to.
+    guidance_interval, cache_interval: work that may be saved, see evaluations.plan_evaluations; by default none is.
     """
 
     prompt: str
@@ -45,6 +46,8 @@ class Request:
     init_image: Path | Image | None = None
     strength: float = 0.8
     noise: str = "cpu"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cache_interval: int = 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -75,6 +78,14 @@ class Request:
             raise RequestError(f"sampler {self.sampler!r} is unknown: choose {', '.join(SAMPLERS)}")
         if self.noise not in NOISES:
             raise RequestError(f"noise {self.noise!r} is unknown: choose {' or '.join(NOISES)}")
+        for end, share in zip(("start", "end"), self.guidance_interval, strict=True):
+            _check_number(f"the guidance interval's {end}", share, 0.0, 1.0, " (a share of the steps)")
+        if not self.guidance_interval[0] < self.guidance_interval[1]:
+            raise RequestError(
+                f"the guidance interval must end after it starts, found {self.guidance_interval}: "
+                "guidance_scale 1 is how to do without"
+            )
+        _check_integer("cache_interval", self.cache_interval, 1, 1000)
 
 
 def check_size(side: str, pixels: int, multiple: int) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from bksdm_runtime.contract import Component, TensorSpec
 from bksdm_runtime.engine import EngineError
-from bksdm_runtime.manifest import Component, TensorSpec
 
 _OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory", "allocation failed")
 

@@ -80,24 +80,32 @@ def draw_weights() -> ToyWeights:
     )
 
 
-def write_toy_bundle(folder: Path, *, dtype: str = "float32", vae_encoder: bool = True) -> Path:
-    """Write the toy model as a bundle. dtype: of the graphs' arithmetic and of their inputs and outputs."""
+def write_toy_bundle(
+    folder: Path, *, dtype: str = "float32", vae_encoder: bool = True, step_cache: bool = False
+) -> Path:
+    """Write the toy model as a bundle. dtype: of the graphs' arithmetic and of their inputs and outputs.
+
+    step_cache: with a shallow U-Net, which is the last convolution on the features before it.
+    """
     weights = draw_weights()
     writers: dict[str, Callable[[ToyWeights, str], onnx.GraphProto]] = {
         "text_encoder": _text_encoder,
-        "unet": _unet,
+        "unet": _unet_with_features if step_cache else _unet,
         "vae_decoder": _vae_decoder,
     }
     if vae_encoder:
         writers["vae_encoder"] = _vae_encoder
+    if step_cache:
+        writers["unet_shallow"] = _unet_shallow
     components: dict[str, bundles.Component] = {}
     for name, write in writers.items():
         graph = write(weights, dtype)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
         onnx.checker.check_model(model)
-        (folder / name).mkdir(parents=True)
-        onnx.save(model, folder / name / "model.onnx")
-        components[name] = bundles.Component(f"{name}/model.onnx", _specs(graph.input), _specs(graph.output))
+        path = "unet/shallow.onnx" if name == "unet_shallow" else f"{name}/model.onnx"
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        onnx.save(model, folder / path)
+        components[name] = bundles.Component(path, _specs(graph.input), _specs(graph.output))
     shutil.copytree(CLIP_TOKENIZER, folder / "tokenizer")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER_CONFIG))
@@ -203,6 +211,33 @@ def _unet(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
             "middle": np.array([1]),
             "per_channel": np.array([-1, *size]),
         },
+    )
+
+
+def _unet_with_features(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
+    graph = _unet(weights, dtype)
+    graph.node.append(helper.make_node("Identity", ["active"], ["deep_features"]))
+    graph.output.append(_tensor("deep_features", dtype, ["batch", HIDDEN, "height", "width"]))
+    return graph
+
+
+def _unet_shallow(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
+    nodes = [
+        helper.make_node("Conv", ["deep_features", "conv_out"], ["change"], pads=[1, 1, 1, 1]),
+        helper.make_node("Mul", ["sample", "half"], ["halved"]),
+        helper.make_node("Add", ["change", "halved"], ["out_sample"]),
+    ]
+    latents = ["batch", LATENTS, "height", "width"]
+    return _graph(
+        nodes,
+        [
+            _tensor("sample", dtype, latents),
+            _tensor("timestep", dtype, ["batch"]),
+            _tensor("encoder_hidden_states", dtype, ["batch", TOKENS, CONTEXT]),
+            _tensor("deep_features", dtype, ["batch", HIDDEN, "height", "width"]),
+        ],
+        [_tensor("out_sample", dtype, latents)],
+        {"conv_out": weights.conv_out.astype(dtype), "half": np.array(0.5, dtype)},
     )
 
 

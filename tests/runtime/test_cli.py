@@ -150,7 +150,7 @@ def test_without_any_bundle_is_one_sentence(bksdm_run: Run, monkeypatch: pytest.
 
 def test_verbose_says_what_runs_where(bksdm_run: Run, quick: Sequence[object], toy_bundle: Path) -> None:
     _, _, err = bksdm_run("a", *quick, "-v")
-    assert err == f"bksdm-run: {toy_bundle} (toy, fp32) on onnxruntime: f32, 1 thread\n"
+    assert err == f"bksdm-run: {toy_bundle} (toy, fp32) on onnxruntime: f32, 1 thread\nbksdm-run: exact sampling\n"
 
 
 def test_a_prompt_that_is_cut_is_said_with_what_was_dropped(bksdm_run: Run, quick: Sequence[object]) -> None:
@@ -236,7 +236,10 @@ def test_arithmetic_and_backend_are_kept_and_made_again(bksdm_run: Run, toy_bund
     pytest.importorskip("openvino", reason="needs openvino: pip install 'bksdm[openvino]'")
     flags = ("--bundle", toy_bundle, "--steps", 2, "--threads", 1, "--pinning")
     code, _, err = bksdm_run("a", *flags, "--backend", "openvino", "--arithmetic", "f32", "-o", "x.png", "-v")
-    assert (code, err) == (0, f"bksdm-run: {toy_bundle} (toy, fp32) on openvino: f32, 1 thread\n")
+    assert (code, err) == (
+        0,
+        f"bksdm-run: {toy_bundle} (toy, fp32) on openvino: f32, 1 thread\nbksdm-run: exact sampling\n",
+    )
     provenance = read_request(Path("x.png"))[1]
     assert (provenance.backend, provenance.arithmetic, provenance.threads) == ("openvino", "f32", 1)
     assert bksdm_run("--from-png", "x.png", "--bundle", toy_bundle, "-o", "y.png") == (0, "y.png\n", "")
@@ -264,7 +267,7 @@ def test_auto_says_which_backend_and_why(bksdm_run: Run, toy_bundle: Path, monke
     _, _, err = bksdm_run("a", "--bundle", toy_bundle, "--steps", 1, "--threads", 1, "-v")
     assert err == (
         "bksdm-run: backend auto: onnxruntime, because openvino is not installed\n"
-        f"bksdm-run: {toy_bundle} (toy, fp32) on onnxruntime: f32, 1 thread\n"
+        f"bksdm-run: {toy_bundle} (toy, fp32) on onnxruntime: f32, 1 thread\nbksdm-run: exact sampling\n"
     )
 
 

@@ -187,6 +187,13 @@ def test_image_to_image_remembers_its_picture(tmp_path: Path) -> None:
     assert "Denoising strength: 0.55" in chunks(tmp_path / "b.png")["parameters"]
 
 
+def test_what_was_saved_is_remembered(tmp_path: Path) -> None:
+    request = Request("a", guidance_scale=7.5, height=16, width=24, guidance_interval=(0.1, 0.8), cache_interval=3)
+    save_png(tmp_path / "b.png", PIXELS, request, PROVENANCE)
+    assert read_request(tmp_path / "b.png") == (request, PROVENANCE)
+    assert "Guidance interval: 0.1-0.8, Cache interval: 3" in chunks(tmp_path / "b.png")["parameters"]
+
+
 def test_the_chunks_are_there_by_name(tmp_path: Path) -> None:
     request = Request(
         "a red apple", "blurry", seed=7, steps=20, guidance_scale=7.5, sampler="euler", height=16, width=24
@@ -204,6 +211,8 @@ def test_the_chunks_are_there_by_name(tmp_path: Path) -> None:
         "height": "16",
         "width": "24",
         "noise": "cpu",
+        "guidance_interval": "0.0 1.0",
+        "cache_interval": "1",
         "bundle": "0123456789abcdef" * 4,
         "variant": "small",
         "backend": "onnxruntime",

@@ -52,6 +52,7 @@ class Reference:
         self.weights = {name: torch.from_numpy(array) for name, array in vars(weights).items()}
         self.config = config
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
+        self.deep = torch.empty(0)  # features of the last whole evaluation
 
     def context(self, prompt: str) -> torch.Tensor:
         ids = self.tokenizer(
@@ -59,11 +60,14 @@ class Reference:
         ).input_ids
         return self.weights["embedding"][ids]  # [1, 77, D]
 
-    def unet(self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def unet(
+        self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, *, cached: bool = False
+    ) -> torch.Tensor:
         conv, w = torch.nn.functional.conv2d, self.weights
         bias = torch.sin(timestep.float() / 1000 * w["time"]) + context.mean(1) @ w["context"]
-        hidden = torch.tanh(conv(sample, w["conv_in"], padding=1) + bias[:, :, None, None])
-        return conv(hidden, w["conv_out"], padding=1) + sample / 2
+        if not cached:
+            self.deep = torch.tanh(conv(sample, w["conv_in"], padding=1) + bias[:, :, None, None])
+        return conv(self.deep[-len(sample) :], w["conv_out"], padding=1) + sample / 2
 
     def __call__(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         """Final latents [4, h, w] and picture [H, W, 3] uint8 of one request, alone."""
@@ -92,10 +96,15 @@ class Reference:
         guided = scale > 1
         if guided:
             context = torch.cat([self.context(request.negative_prompt), context])
-        for timestep in timesteps:
-            model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
-            output = self.unet(model_input, timestep, context)
-            if guided:
+        first, end = (int(share * len(timesteps)) for share in request.guidance_interval)
+        negative_known = False
+        for i, timestep in enumerate(timesteps):
+            now = guided and first <= i < end
+            model_input = scheduler.scale_model_input(torch.cat([latents] * 2) if now else latents, timestep)
+            cached = i % request.cache_interval > 0 and (negative_known or not now)
+            output = self.unet(model_input, timestep, context[-len(model_input) :], cached=cached)
+            negative_known = now
+            if now:
                 negative, positive = output.chunk(2)
                 output = negative + scale * (positive - negative)
             latents = scheduler.step(output, timestep, latents).prev_sample
@@ -195,6 +204,75 @@ MIXED = [
     Request("", seed=5, steps=9),
     Request("a plum", seed=2**63 - 1, steps=8, guidance_scale=1.0),
 ]
+
+
+@pytest.fixture(scope="module")
+def cached(make_toy_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = make_toy_bundle(tmp_path_factory.mktemp("cached") / "bundle", step_cache=True)
+    return Pipeline.open(folder, ONE)
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.8), (0.25, 0.7)])
+@pytest.mark.parametrize("cache", [1, 2, 3, 5])
+def test_saved_evaluations_are_those_written_out(
+    cached: Pipeline, reference: Reference, sampler: str, guidance: float, interval: tuple[float, float], cache: int
+) -> None:
+    request = Request(
+        "a red apple",
+        "blurry",
+        seed=3,
+        steps=12,
+        sampler=sampler,
+        guidance_scale=guidance,
+        guidance_interval=interval,
+        cache_interval=cache,
+    )
+    [latents], [picture] = run(cached, [request])
+    expected_latents, expected = reference(request)
+    assert_close(latents, expected_latents)
+    assert_same_picture(picture, expected)
+
+
+def test_a_cached_image_is_the_same_alone_and_in_company(cached: Pipeline) -> None:
+    requests = [
+        Request(f"picture {i}", seed=i, steps=6, cache_interval=3 - i % 2, guidance_interval=(0.2, 0.9))
+        for i in range(4)
+    ]
+    latents, _ = run(cached, requests, batch_size=2)
+    for i, request in enumerate(requests):
+        [alone], _ = run(cached, [request])
+        assert_close(latents[i], alone)
+
+
+def test_the_whole_unet_runs_every_so_many_evaluations_alone(cached: Pipeline) -> None:
+    calls: list[str] = []
+
+    class Noting:
+        def __init__(self, name: str, engine: Any) -> None:
+            self.name, self.engine = name, engine
+
+        def __call__(self, inputs: Any) -> Any:
+            calls.append(f"{self.name} {len(inputs['sample'])}")
+            return self.engine(inputs)
+
+    cached.draw([Request("a", steps=1, cache_interval=2)])  # opens the shallow one
+    before = dict(cached._engines)
+    try:
+        cached._engines.update({name: Noting(name, before[name]) for name in ("unet", "unet_shallow")})
+        cached.draw([Request("a", steps=5, sampler="euler", cache_interval=2, guidance_interval=(0.0, 0.8))])
+        assert calls == ["unet 2", "unet_shallow 2", "unet 2", "unet_shallow 2", "unet 1"]
+        calls.clear()
+        cached.draw([Request("a", steps=5, sampler="euler", cache_interval=4, guidance_interval=(0.5, 1.0))])
+        assert calls == ["unet 1", "unet_shallow 1", "unet 2", "unet_shallow 2", "unet 2"]
+    finally:
+        cached._engines.update(before)
+
+
+def test_steps_cannot_be_cached_without_a_shallow_unet(pipeline: Pipeline) -> None:
+    with pytest.raises(RequestError, match="export it again with --step-cache"):
+        pipeline.generate([Request("a", cache_interval=2)])
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 3])

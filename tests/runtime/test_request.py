@@ -95,3 +95,19 @@ def test_a_size_that_does_not_fit_names_the_nearest(pixels: int, multiple: int, 
     with pytest.raises(RequestError, match=f"height {pixels} does not fit .* multiples of {multiple}: {nearest}$"):
         check_size("height", pixels, multiple)
     check_size("height", 512, multiple)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"guidance_interval": (-0.1, 1.0)}, "interval's start must be a number from 0 to 1"),
+        ({"guidance_interval": (0.0, 1.5)}, "interval's end must be a number from 0 to 1"),
+        ({"guidance_interval": (0.0, float("nan"))}, "interval's end must be a number"),
+        ({"guidance_interval": (0.5, 0.5)}, "must end after it starts"),
+        ({"cache_interval": 0}, "cache_interval must be a whole number from 1"),
+        ({"cache_interval": 2.0}, "cache_interval must be a whole number"),
+    ],
+)
+def test_what_may_be_saved_is_checked(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Request("a", **change)

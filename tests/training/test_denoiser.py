@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import torch
 from diffusers import DDPMScheduler
 
 from bksdm import checkpoint
 from bksdm.sampling import token_ids
 from bksdm_training.config import PRESETS
-from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, loss_weights, silence_unseen_tokens
+from bksdm_training.denoiser import SCHEDULER_CONFIG, Denoiser, loss_weights, silence_unseen_tokens, take_over
 from bksdm_training.vae import build_vae
 
 
@@ -58,3 +60,18 @@ def test_velocity_is_weighed_by_the_same_error_of_the_picture():
         # an error of 1 in the prediction is an error of sqrt(share) in the picture
         torch.testing.assert_close(weight, of_picture * share, rtol=1e-12, atol=0)
     assert torch.isfinite(loss_weights(torch.zeros(1), 5.0, velocity=True)).all()  # a schedule that ends in pure noise
+
+
+def test_a_unet_of_nearly_the_same_widths_takes_over_what_fits(mini_config, caplog):
+    tokenizer = checkpoint.tokenizer()
+    narrow = Denoiser(mini_config, tokenizer).unet
+    *outer, last = mini_config.unet_channels
+    wide = Denoiser(replace(mini_config, unet_channels=(*outer, last + mini_config.unet_groups)), tokenizer).unet
+    drawn = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
+    weights = narrow.state_dict()
+    taken = take_over(wide, weights)
+    same = {name for name, tensor in drawn.items() if name in weights and tensor.shape == weights[name].shape}
+    assert taken == len(same) < len(drawn)
+    for name, tensor in wide.state_dict().items():
+        assert torch.equal(tensor, weights[name] if name in same else drawn[name]), name
+    assert f"{taken} of the U-Net's {len(drawn)} tensors" in caplog.text

@@ -13,9 +13,9 @@ import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 
 from bksdm_runtime.bundle import Bundle
+from bksdm_runtime.contract import Component, TensorSpec
 from bksdm_runtime.cores import physical_cores
 from bksdm_runtime.engine import EngineError, EngineSettings
-from bksdm_runtime.manifest import Component, TensorSpec
 from bksdm_runtime.tensors import check_tensors, run_error, to_caller, to_graph
 
 # Above every severity (4 is fatal): warnings about graph clean-up say nothing to a user, and each error that the

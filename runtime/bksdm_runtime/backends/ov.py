@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.compiled_cache import Entry
+from bksdm_runtime.contract import Component, TensorSpec
 from bksdm_runtime.cores import physical_cores
 from bksdm_runtime.engine import EngineError, EngineSettings
-from bksdm_runtime.manifest import Component, TensorSpec
 from bksdm_runtime.tensors import check_tensors, run_error, to_caller, to_graph
 
 log = logging.getLogger(__name__)
