@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -185,8 +186,11 @@ class Pipeline:
         """
         opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle)
         chosen = replace(settings, backend=resolve_backend(settings.backend))
-        engines = {name: open_engine(opened, name, chosen) for name in ("text_encoder", "unet", "vae_decoder")}
-        tokenizer = Tokenizer.open(opened.root / bundles.TOKENIZER_FOLDER)
+        names = ("unet", "text_encoder", "vae_decoder")  # the slowest first
+        with ThreadPoolExecutor(len(names)) as pool:  # the libraries release the GIL while they open a graph
+            opening = pool.map(lambda name: open_engine(opened, name, chosen), names)
+            tokenizer = Tokenizer.open(opened.root / bundles.TOKENIZER_FOLDER)
+            engines = dict(zip(names, opening, strict=True))
         return cls(opened, chosen, tokenizer, engines)
 
     def generate(
