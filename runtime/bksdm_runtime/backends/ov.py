@@ -122,8 +122,7 @@ class OvEngine:
             model.reshape({spec.name: shape for spec, shape in zip(self.component.inputs, shapes, strict=True)})
             compiled = cast(_Compiled, _core().compile_model(model, "CPU", self._config))
             if entry is not None:
-                exported = compiled.export_model()
-                entry.write(exported if isinstance(exported, bytes) else exported.getbuffer())  # bytes until 2025
+                entry.write(compiled.export_model().getbuffer())
         does = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if does != self.arithmetic:
             raise EngineError(f"{self.name}: OpenVINO computes in {does} where {self.arithmetic} was asked for")
