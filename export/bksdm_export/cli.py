@@ -64,6 +64,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     type=click.Choice(PRECISIONS),
     help="Of the weights on disk; fp16 halves an fp32 bundle.  [default: as --precision]",
 )
+@click.option("--step-cache", is_flag=True, help="Write what bksdm-run --cache-interval needs, too.")
 @click.option(
     "--verify",
     "depth",
@@ -94,6 +95,7 @@ def command(
     seed: int | None,
     precision: str,
     storage: str | None,
+    step_cache: bool,
     depth: str,
     output: Path | None,
     force: bool,
@@ -151,6 +153,7 @@ def command(
             seed=seed,
             precision=precision,
             storage=storage,
+            step_cache=step_cache,
         )
     try:
         request = ExportRequest(
@@ -165,6 +168,7 @@ def command(
             seed=0 if seed is None else seed,
             precision=precision,
             storage=storage,
+            step_cache=step_cache,
             depth=depth,
             force=force,
         )
@@ -187,6 +191,7 @@ def default_output(
     seed: int | None = None,
     precision: str = "fp32",
     storage: str | None = None,
+    step_cache: bool = False,
 ) -> Path:
     """out/ and the model's own name, with all that was asked of it and makes it another model.
 
@@ -211,6 +216,8 @@ def default_output(
         name += f"-{precision}"
     if storage not in (None, precision):
         name += f"-stored-{storage}"
+    if step_cache:
+        name += "-step-cache"
     return Path("out") / name
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bksdm_runtime.bundle import Component, ModelFacts, TensorSpec
+from bksdm_runtime.contract import DEEP
 
 if TYPE_CHECKING:
     from bksdm.checkpoint import Checkpoint
@@ -47,13 +48,28 @@ def model_facts(checkpoint: Checkpoint) -> ModelFacts:
     )
 
 
-def components(facts: ModelFacts, precision: str) -> dict[str, Component]:
-    """Every component's path and tensors. precision: "fp32" or "fp16", the dtype of the graphs' inputs and outputs."""
+def deep_channels(checkpoint: Checkpoint) -> int:
+    """Channels of what the last layer of the U-Net's outermost up stage takes from the layer before."""
+    return int(checkpoint.unet.config["block_out_channels"][0])
+
+
+def components(facts: ModelFacts, precision: str, *, deep: int | None = None) -> dict[str, Component]:
+    """Every component's path and tensors. precision: "fp32" or "fp16", the dtype of the graphs' inputs and outputs.
+
+    deep: channels of the deep features for a bundle with a step cache, whose U-Net is two graphs; None for none.
+    """
     real = DTYPES[precision]
     latents = ("batch", facts.latent_channels, "height", "width")
     image = ("batch", 3, "image_height", "image_width")
     context = ("batch", facts.tokens, facts.context_dim)
-    return {
+    unet_inputs = (
+        TensorSpec("sample", real, latents),
+        # Always float32: above 512 fp16 is spaced 0.5 apart, and samplers ask for timesteps between integers.
+        TensorSpec("timestep", "float32", (TIMESTEPS,)),
+        TensorSpec("encoder_hidden_states", real, context),
+    )
+    features = () if deep is None else (TensorSpec(DEEP, real, ("batch", deep, "height", "width")),)
+    parts = {
         "text_encoder": Component(
             path="text_encoder/model.onnx",
             inputs=(TensorSpec("input_ids", "int32", ("batch", facts.tokens)),),
@@ -61,13 +77,8 @@ def components(facts: ModelFacts, precision: str) -> dict[str, Component]:
         ),
         "unet": Component(
             path="unet/model.onnx",
-            inputs=(
-                TensorSpec("sample", real, latents),
-                # Always float32: above 512 fp16 is spaced 0.5 apart, and samplers ask for timesteps between integers.
-                TensorSpec("timestep", "float32", (TIMESTEPS,)),
-                TensorSpec("encoder_hidden_states", real, context),
-            ),
-            outputs=(TensorSpec("out_sample", real, latents),),
+            inputs=unet_inputs,
+            outputs=(TensorSpec("out_sample", real, latents), *features),
         ),
         "vae_decoder": Component(
             path="vae_decoder/model.onnx",
@@ -81,3 +92,10 @@ def components(facts: ModelFacts, precision: str) -> dict[str, Component]:
             outputs=(TensorSpec("latent_parameters", real, ("batch", 2 * facts.latent_channels, "height", "width")),),
         ),
     }
+    if features:
+        parts["unet_shallow"] = Component(
+            path="unet/shallow.onnx",
+            inputs=(*unet_inputs, *features),
+            outputs=(TensorSpec("out_sample", real, latents),),
+        )
+    return parts

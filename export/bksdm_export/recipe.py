@@ -44,6 +44,7 @@ class ExportRequest:
 
     loras: files with the scale of each, merged in this order; lora_partial: as bksdm.lora.merge takes it.
     precision: of the graphs' arithmetic; storage: of the weights on disk, None for that of the arithmetic.
+    step_cache: the U-Net gives its deep features, and a shallow one that takes them lies beside it.
     depth: of the verification, one of DEPTHS. force: replace an older bundle at `output`; of a link, the one that it
     names. Raises ExportError for a choice that there is not.
     """
@@ -59,6 +60,7 @@ class ExportRequest:
     lora_partial: bool = False
     precision: str = "fp32"
     storage: str | None = None
+    step_cache: bool = False
     depth: str = "quick"
     force: bool = False
 
@@ -104,15 +106,16 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
             progress("PyTorch draws a picture before the weights are rounded to fp16")
             unrounded = draw(checkpoint, facts, pictures[0])
             _round(checkpoint)
-        reference = make_reference(checkpoint, facts, pictures, progress)
+        reference = make_reference(checkpoint, facts, pictures, progress, features=request.step_cache)
 
         bundle_files.write_all_but_graphs(checkpoint, folder)
         verify_tokenizer(checkpoint.tokenizer, folder / bundles.TOKENIZER_FOLDER)
         variant, source, licence = checkpoint.variant, checkpoint.source, checkpoint.licence
-        modules = {name: wrap(checkpoint, name) for name in graphs.COMPONENTS}
+        deep = graphs.deep_channels(checkpoint) if request.step_cache else None
+        components = graphs.components(facts, precision, deep=deep)
+        modules = {name: wrap(checkpoint, name, features=request.step_cache) for name in components}
         del checkpoint
 
-        components = graphs.components(facts, precision)
         exported: dict[str, GraphFacts] = {}
         for name, component in components.items():
             progress(f"{name}: PyTorch to ONNX")
@@ -120,7 +123,8 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
             cases = reference.cases[name]
             if precision == "fp16":  # whose ranges grow with the size
                 cases = with_own_size(name, cases, facts)
-            exported[name] = export_graph(path, name, modules.pop(name), component, cases, kind)
+            shared = folder / components["unet"].path if request.step_cache else None
+            exported[name] = export_graph(path, name, modules.pop(name), component, cases, kind, shared)
             gc.collect()  # an exported program is a ring of references
 
         unproven = bundle_files.manifest(
@@ -145,11 +149,18 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
 
 
 def export_graph(
-    path: Path, name: str, module: Wrapper, component: Component, cases: Sequence[Case], kind: tuple[str, str]
+    path: Path,
+    name: str,
+    module: Wrapper,
+    component: Component,
+    cases: Sequence[Case],
+    kind: tuple[str, str],
+    shared: Path | None = None,
 ) -> GraphFacts:
     """Write one component's graph. The module is used up: in fp16 its weights are turned in place.
 
-    cases: real inputs, in which an fp16 graph's islands are measured; kind: (precision, storage).
+    cases: real inputs, in which an fp16 graph's islands are measured; kind: (precision, storage); shared: the U-Net's
+    graph, whose file of weights a shallow one reads too.
     """
     precision, storage = kind
     started = time.perf_counter()
@@ -160,7 +171,7 @@ def export_graph(
     model = to_onnx.to_onnx(to_onnx.to_exported_program(module, component), component)
     if storage != precision:
         store_fp16(model)
-    to_onnx.save(model, path)
+    to_onnx.save(model, path, shared)
     seconds = time.perf_counter() - started
     facts = GraphFacts(nodes=len(model.graph), bytes=to_onnx.weight_bytes(model), seconds=seconds, islands=islands)
     to_onnx.release(model)
@@ -233,8 +244,8 @@ def _search(request: ExportRequest, bundle: Bundle, name: str, case: Case, accep
     checkpoint = load(request)
     if bundle.manifest.storage != bundle.manifest.precision:
         _round(checkpoint)
-    component = graphs.components(bundle.manifest.model, "fp32")[name]
-    module = wrap(checkpoint, name)
+    component = graphs.components(bundle.manifest.model, "fp32", deep=graphs.deep_channels(checkpoint))[name]
+    module = wrap(checkpoint, name, features=request.step_cache)
     for one in samples(case):  # one at a time: the traced program takes a single timestep
         if found := first_divergence(bundle.component_path(name), module, component, one, accepted):
             return found

@@ -17,6 +17,7 @@ from bksdm.checkpoint import Checkpoint
 from bksdm_export.errors import ExportError
 from bksdm_export.wrappers import Wrapper, wrap
 from bksdm_runtime.bundle import ModelFacts
+from bksdm_runtime.contract import DEEP
 from bksdm_runtime.schedule import ScheduleError, make_schedule
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a component: inputs and outputs by the names of `graphs`, float32 and int32."""
+    """One call of a component: inputs and an output by the names of `graphs`, float32 and int32."""
 
     label: str
     inputs: Mapping[str, NDArray[Any]]
@@ -118,8 +119,13 @@ def make_reference(
     facts: ModelFacts,
     requests: Sequence[PictureRequest],
     progress: Callable[[str], None] = log.info,
+    *,
+    features: bool = False,
 ) -> Reference:
-    """Draw the pictures with diffusers' StableDiffusionPipeline in float32, and keep calls of every component."""
+    """Draw the pictures with diffusers' StableDiffusionPipeline in float32, and keep calls of every component.
+
+    features: also of the U-Net's deep features, and of the shallow one on them.
+    """
     latents: list[NDArray[np.float32]] = []
     unet_calls: list[Case] = []
     with torch.no_grad():
@@ -150,11 +156,38 @@ def make_reference(
             for n in (1, len(texts))
         ]
         prompts.append(_call(text_encoder, "3 of random tokens", {"input_ids": _random_ids(checkpoint)}))
-    cases = {"text_encoder": prompts, "unet": [*unet_calls, mixed], "vae_decoder": decoded, "vae_encoder": encoded}
+        deep, shallow = _with_features(checkpoint, unet_calls) if features else ([], [])
+    cases = {
+        "text_encoder": prompts,
+        "unet": [*unet_calls, mixed, *deep],
+        **({"unet_shallow": shallow} if features else {}),
+        "vae_decoder": decoded,
+        "vae_encoder": encoded,
+    }
     return Reference(
         tuple(pictures),
         {name: tuple(sorted(calls, key=_elements)) for name, calls in cases.items()},
     )
+
+
+def _with_features(checkpoint: Checkpoint, calls: Sequence[Case]) -> tuple[list[Case], list[Case]]:
+    """Deep features of some calls of the U-Net, and calls of the shallow one: on those features, and on older ones.
+
+    On the features of its own inputs the shallow one must give what diffusers' U-Net gave in its pipeline.
+    """
+    whole, shallow = wrap(checkpoint, "unet", features=True), wrap(checkpoint, "unet_shallow")
+    deep: list[Case] = []
+    cases: list[Case] = []
+    for earlier, call in ((calls[0], calls[1]), (calls[-2], calls[-1])):  # of the first picture and of the last
+        found = {}
+        for one in (earlier, call):
+            features = whole(*map(torch.from_numpy, one.inputs.values()))[1].numpy()
+            deep.append(Case(f"{one.label}, features", one.inputs, {DEEP: features}))
+            found[one.label] = features
+        cases.append(Case(call.label, {**call.inputs, DEEP: found[call.label]}, call.outputs))
+        older = {**call.inputs, DEEP: found[earlier.label]}
+        cases.append(_call(shallow, f"{call.label}, features of an earlier one", older))
+    return deep, cases
 
 
 @torch.no_grad()

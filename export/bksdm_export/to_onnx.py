@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
@@ -106,13 +107,33 @@ def clean(model: ir.Model, component: Component) -> ir.Model:
     return model
 
 
-def save(model: ir.Model, path: Path) -> None:
-    """Write model.onnx, and beside it model.onnx_data when the weights are large."""
+def save(model: ir.Model, path: Path, shared: Path | None = None) -> None:
+    """Write model.onnx, and beside it model.onnx_data when the weights are large.
+
+    shared: a graph of the same folder whose weights lie in such a file; those that this one has too are read from
+    there. Of `path` itself it means that others will do so.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if weight_bytes(model) > EXTERNAL_DATA_BYTES:
+    if shared is not None and shared != path and shared.parent == path.parent:
+        _share(model, shared)
+    elif shared == path or weight_bytes(model) > EXTERNAL_DATA_BYTES:
         ir.save(model, path, external_data=path.name + EXTERNAL_DATA_SUFFIX, size_threshold_bytes=1024)
-    else:
-        ir.save(model, path)
+        return
+    ir.save(model, path)
+
+
+def _share(model: ir.Model, shared: Path) -> None:
+    """Replace every weight by its place in the other graph's file, where that holds the same bytes by the same name."""
+    stored = ir.load(shared).graph.initializers
+    for name, value in model.graph.initializers.items():
+        there = stored[name].const_value if name in stored else None
+        own = value.const_value
+        if isinstance(there, ir.ExternalTensor) and own is not None and _same(there, own):
+            value.const_value = there
+
+
+def _same(one: ir.TensorProtocol, other: ir.TensorProtocol) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and np.array_equal(one.numpy(), other.numpy())
 
 
 def weight_bytes(model: ir.Model) -> int:

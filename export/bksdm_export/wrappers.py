@@ -13,6 +13,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from transformers import CLIPTextModel
 
+from bksdm_export.step_cache import ShallowUNet, UNetWithFeatures
+
 if TYPE_CHECKING:
     from bksdm.checkpoint import Checkpoint
 
@@ -73,16 +75,21 @@ class VaeEncoder(torch.nn.Module):
         return self.quant_conv(self.encoder(sample))  # [B, 8, h, w]
 
 
-Wrapper = TextEncoder | UNet | VaeDecoder | VaeEncoder
+Wrapper = TextEncoder | UNet | UNetWithFeatures | ShallowUNet | VaeDecoder | VaeEncoder
 
 
-def wrap(checkpoint: Checkpoint, component: str) -> Wrapper:
-    """The flat module of one component, in eval mode; it shares its weights with the checkpoint."""
+def wrap(checkpoint: Checkpoint, component: str, *, features: bool = False) -> Wrapper:
+    """The flat module of one component, in eval mode; it shares its weights with the checkpoint, unet_shallow excepted.
+
+    features: the U-Net gives its deep features too. Raises ValueError where it has none to give.
+    """
     match component:
         case "text_encoder":
             wrapper = TextEncoder(checkpoint.text_encoder)
         case "unet":
-            wrapper = UNet(checkpoint.unet)
+            wrapper = UNetWithFeatures(checkpoint.unet) if features else UNet(checkpoint.unet)
+        case "unet_shallow":
+            wrapper = ShallowUNet(checkpoint.unet)
         case "vae_decoder":
             wrapper = VaeDecoder(checkpoint.vae)
         case "vae_encoder":

@@ -224,21 +224,23 @@ def test_every_option_reaches_the_request_and_the_default_output(
     request = asked.pop()
     assert (request.loras, request.lora_partial) == ((("a", 0.5), ("b", 2.0)), True)
     assert request.output == Path("out/bk-sdm-tiny-lora-a@0.5-lora-b@2")
-    assert cli.run(["--variant", "tiny", "--revision", "v2", *common, "--force", "--allow-pickle"]) == 1
+    assert cli.run(["--variant", "tiny", "--revision", "v2", *common, "--force", "--allow-pickle", "--step-cache"]) == 1
     assert cli.run(["--variant", "tiny", "--weights", "random", "--seed", "7", *common]) == 1
     assert capsys.readouterr().err.endswith("bksdm-export: not now\n")
     tiny = ExportRequest(
-        Path("out/bk-sdm-tiny@v2-unet-student-stored-fp16"),
+        Path("out/bk-sdm-tiny@v2-unet-student-stored-fp16-step-cache"),
         variant="tiny",
         unet="runs/student",
         revision="v2",
         allow_pickle=True,
         storage="fp16",
         depth="full",
+        step_cache=True,
         force=True,
     )
     random = Path("out/bk-sdm-tiny-random-seed7-unet-student-stored-fp16")
-    drawn = replace(tiny, output=random, weights="random", seed=7, revision=None, allow_pickle=False, force=False)
+    otherwise = {"revision": None, "allow_pickle": False, "step_cache": False, "force": False}
+    drawn = replace(tiny, output=random, weights="random", seed=7, **otherwise)
     assert asked == [tiny, drawn]
 
 

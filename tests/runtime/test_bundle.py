@@ -147,6 +147,19 @@ def test_a_linked_folder_below_a_component_is_refused(toy_copy: Path) -> None:
     refuse(toy_copy, "unet/w is a linked folder")
 
 
+def test_a_shallow_unet_lies_beside_the_unet_and_takes_its_features(
+    make_toy_bundle: Callable[..., Path], tmp_path: Path, rewrite_manifest: Rewrite
+) -> None:
+    folder = make_toy_bundle(tmp_path / "bundle", step_cache=True)
+    assert bundles.load(folder).component_path("unet_shallow") == folder / "unet" / "shallow.onnx"
+    narrower = {"name": "deep_features", "dtype": "float32", "axes": ["batch", 3, "height", "width"]}
+    rewrite_manifest(folder, _set("components", "unet_shallow", "inputs", 3, value=narrower))
+    refuse(folder, "unet_shallow.inputs: deep_features must be [batch, 8, height, width], found [batch, 3,")
+    whole = {**narrower, "axes": ["batch", "deep", "height", "width"]}
+    rewrite_manifest(folder, _set("components", "unet", "outputs", 1, value=whole))
+    refuse(folder, "components.unet.outputs must give deep_features, [batch, channels, height, width]")
+
+
 @pytest.mark.parametrize("path", ["model.onnx", "scheduler/model.onnx", "vae_decoder/unet.onnx", "unet.onnx"])
 def test_a_component_outside_its_own_folder_is_refused(toy_copy: Path, path: str, rewrite_manifest: Rewrite) -> None:
     shutil.move(toy_copy / "unet" / "model.onnx", toy_copy / path)
