@@ -186,11 +186,11 @@ class Pipeline:
         """
         opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle)
         chosen = replace(settings, backend=resolve_backend(settings.backend))
-        names = ("unet", "text_encoder", "vae_decoder")  # the slowest first
+        names: tuple[str, ...] = ("unet", "text_encoder", "vae_decoder")  # the slowest first
         with ThreadPoolExecutor(len(names)) as pool:  # the libraries release the GIL while they open a graph
-            opening = pool.map(lambda name: open_engine(opened, name, chosen), names)
+            opening = pool.map(partial(open_engine, opened, settings=chosen), names)
             tokenizer = Tokenizer.open(opened.root / bundles.TOKENIZER_FOLDER)
-            engines = dict(zip(names, opening, strict=True))
+            engines: dict[str, Engine] = dict(zip(names, opening, strict=True))
         return cls(opened, chosen, tokenizer, engines)
 
     def generate(
