@@ -15,6 +15,7 @@ from bksdm_evaluation.features import features, load_network
 from bksdm_evaluation.generate import generate
 from bksdm_evaluation.retrieval import read_dataset
 from bksdm_runtime import bundle as bundles
+from bksdm_runtime.engine import EngineSettings
 from bksdm_runtime.pipeline import Images, Pipeline, Request
 from bksdm_training import emoji
 
@@ -96,7 +97,8 @@ def test_the_checkpoint_comes_with_its_card():
 
 @pytest.mark.parametrize("prompt", ["a red apple", "a purple giraffe on the moon"])
 def test_it_draws_on_a_white_ground(prompt):
-    [images] = [e for e in Pipeline.open(bundles.demo()).generate([Request(prompt)]) if isinstance(e, Images)]
+    pipeline = Pipeline.open(bundles.demo(), EngineSettings(backend="onnxruntime"))
+    [images] = [e for e in pipeline.generate([Request(prompt)]) if isinstance(e, Images)]
     assert images.requests[0].guidance_scale == 2  # the model's own, from its training to its pictures
     pixels = images.pixels[0].astype(float)
     corners = np.stack([pixels[:6, :6], pixels[:6, -6:]])
@@ -105,7 +107,7 @@ def test_it_draws_on_a_white_ground(prompt):
 
 
 def test_guidance_changes_the_picture_and_a_seed_repeats_it():
-    pipeline = Pipeline.open(bundles.demo(), threads=1)
+    pipeline = Pipeline.open(bundles.demo(), EngineSettings(backend="onnxruntime", threads=1))
     draw = partial(generate, pipeline, ["a red apple"], steps=8, seed=3, on_step=lambda _: None)
     guided, again, unguided = (draw(guidance_scale=scale)[0].tobytes() for scale in (2.0, 2.0, 1.0))
     assert guided == again
@@ -120,7 +122,7 @@ def test_guided_pictures_are_nearer_to_what_their_captions_say(tmp_path):
     chosen = dataset.chosen(24)
     network = load_network()
     own = features(network, [dataset.pictures[i] for i in chosen])
-    pipeline = Pipeline.open(bundles.demo())
+    pipeline = Pipeline.open(bundles.demo(), EngineSettings(backend="onnxruntime"))
     nearer = {}
     for scale in (1.0, 2.0):
         drawn = generate(

@@ -56,7 +56,7 @@ def retrieval(
     from bksdm_evaluation.generate import generate
     from bksdm_evaluation.retrieval import DatasetError, ScoreError, rank, read_dataset
     from bksdm_runtime import bundle as bundles
-    from bksdm_runtime.engine import MissingBackend
+    from bksdm_runtime.engine import EngineSettings, MissingBackend
     from bksdm_runtime.pictures import USER_ERRORS, find_bundle
     from bksdm_runtime.pipeline import Pipeline
 
@@ -69,7 +69,7 @@ def retrieval(
         chosen = dataset.chosen(count)
         if guidance_scale is None:
             guidance_scale = opened.manifest.model.guidance_scale
-        pipeline = Pipeline.open(opened, threads=threads)
+        pipeline = Pipeline.open(opened, EngineSettings(threads=threads))
         captions = [dataset.captions[i] for i in chosen]
         with tqdm(total=len(chosen), unit="picture", dynamic_ncols=True, disable=None) as bar:
             pictures = generate(
@@ -99,9 +99,10 @@ def retrieval(
         "dataset": dataset.sha256,
         "features": PACKAGES[PACKAGE].sha256,
         "backend": pipeline.backend,
+        "arithmetic": pipeline.arithmetic,
         "batch_size": batch_size,
         "threads": pipeline.threads,
-        "versions": _versions("torch", "onnxruntime", "onnxruntime-gpu"),
+        "versions": _versions("torch", "onnxruntime", "onnxruntime-gpu", "openvino"),
     }
     click.echo(
         f"top-1 {figures['top1']:.1%}, top-5 {figures['top5']:.1%} "

@@ -11,13 +11,24 @@ from pathlib import Path
 
 import click
 
-from bksdm_runtime.engine import BACKENDS, MissingBackend
+from bksdm_runtime.compiled_cache import user_folder
+from bksdm_runtime.engine import ARITHMETICS, BACKENDS, EngineSettings, MissingBackend
 from bksdm_runtime.request import NOISES, SEED_MAX, SEED_MIN, Request
 from bksdm_runtime.schedule import SAMPLERS
 from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-run"
-_FROM_PNG_TAKES = ("from_png", "bundle", "output", "backend", "threads", "verbose")
+_FROM_PNG_TAKES = (
+    "from_png",
+    "bundle",
+    "output",
+    "backend",
+    "threads",
+    "arithmetic",
+    "pinning",
+    "compiled_cache",
+    "verbose",
+)
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
@@ -107,6 +118,17 @@ def _print_help(context: click.Context, _parameter: click.Parameter, wanted: boo
 )
 @click.option("--backend", type=click.Choice(("auto", *BACKENDS)), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="[default: one for each physical core]")
+@click.option(
+    "--arithmetic",
+    type=click.Choice(ARITHMETICS),
+    default="auto",
+    show_default=True,
+    help="auto is bf16 where OpenVINO runs and the processor has it.",
+)
+@click.option("--pinning", is_flag=True, help="Tie OpenVINO's threads to cores.")
+@click.option(
+    "--compiled-cache", is_flag=True, help="Keep what OpenVINO compiles for the next run, in the user's cache."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
 @click.option(
@@ -142,6 +164,9 @@ def command(
     batch_size: int | None,
     backend: str,
     threads: int | None,
+    arithmetic: str,
+    pinning: bool,
+    compiled_cache: bool,
     verbose: bool,
 ) -> int:
     """Make a picture from PROMPT, without torch. The path of each picture is printed when it is done.
@@ -161,10 +186,11 @@ def command(
     if (prompt is not None) + (prompts_file is not None) + (from_png is not None) != 1:
         raise click.UsageError("give one of PROMPT, --prompts-file and --from-png", context)
     _log_to_stderr(verbose, context)
+    settings = EngineSettings(backend, threads, arithmetic, pinning, user_folder() if compiled_cache else None)
     try:
         if from_png is not None:
             _refuse_flags_beside_from_png(context)
-            order = order_from_png(from_png, bundle, output, backend, threads)
+            order = order_from_png(from_png, bundle, output, settings)
         else:
             prompts = [prompt] if prompt is not None else _read_prompts(prompts_file or "", context)
             seeds = range(seed, seed + len(prompts) * count)
@@ -188,7 +214,7 @@ def command(
                 )
                 for i, one in enumerate(seeds)
             )
-            order = Order(requests, bundle, output, backend, threads, batch_size)
+            order = Order(requests, bundle, output, settings, batch_size)
         with closing(make(order)) as paths:
             for path in paths:
                 _print(str(path))

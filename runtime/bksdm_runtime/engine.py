@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, cast
 
 import numpy as np
@@ -13,6 +16,10 @@ from numpy.typing import NDArray
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.contract import Component
 
+ARITHMETICS = ("auto", "f32", "bf16")
+
+log = logging.getLogger(__name__)
+
 
 class EngineError(Exception):
     """An engine cannot be opened or failed while running; the message is one sentence for the user."""
@@ -20,6 +27,27 @@ class EngineError(Exception):
 
 class MissingBackend(EngineError):  # noqa: N818 - reads as what it says
     """The backend's library is not installed; the message names the extra that brings it."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How engines run.
+
+    backend: a name of BACKENDS, or "auto" for the one that is installed for a CPU.
+    threads: how many a backend may use, None for one per physical core.
+    arithmetic: "f32", "bf16", or "auto" for the fastest that the backend has on this machine; see Engine.arithmetic.
+    pinning: whether OpenVINO ties its threads to cores.
+    compiled_cache: a folder that keeps what OpenVINO compiled, for the next process; None keeps nothing.
+    """
+
+    backend: str = "auto"
+    threads: int | None = None
+    arithmetic: str = "auto"
+    pinning: bool = False
+    compiled_cache: Path | None = None
+
+
+DEFAULT_SETTINGS = EngineSettings()
 
 
 class Engine(Protocol):
@@ -40,12 +68,17 @@ class Engine(Protocol):
         """How many it uses, whoever chose them: another number may round differently."""
         ...
 
+    @property
+    def arithmetic(self) -> str:
+        """What it multiplies and adds in: f32, bf16, or f16 where the graph itself is in half precision."""
+        ...
+
     def __call__(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]: ...
 
 
 @dataclass(frozen=True)
 class _Backend:
-    """Where a backend lives: its module has open_component(bundle, component, *, backend, threads) -> Engine."""
+    """Where a backend lives: its module has open_component(bundle, component, settings) -> Engine."""
 
     module: str
     library: str
@@ -53,33 +86,41 @@ class _Backend:
 
 
 _BACKENDS: Mapping[str, _Backend] = {
+    "openvino": _Backend("bksdm_runtime.backends.ov", "openvino", "openvino"),
     "onnxruntime": _Backend("bksdm_runtime.backends.ort", "onnxruntime", "cpu"),
     "cuda": _Backend("bksdm_runtime.backends.ort", "onnxruntime", "cuda"),
 }
 BACKENDS = tuple(_BACKENDS)
-AUTO = "onnxruntime"  # what "auto" means until a second CPU backend is measured to be faster
 
 
 class _BackendModule(Protocol):
-    def open_component(self, bundle: Bundle, component: str, *, backend: str, threads: int | None) -> Engine: ...
+    def open_component(self, bundle: Bundle, component: str, settings: EngineSettings) -> Engine: ...
 
 
 def resolve_backend(backend: str) -> str:
-    """The backend's own name for "auto". Raises EngineError naming the valid ones."""
-    name = AUTO if backend == "auto" else backend
-    if name not in _BACKENDS:
+    """The backend's own name for "auto": openvino where it is installed, else onnxruntime.
+
+    Raises EngineError naming the valid ones.
+    """
+    if backend == "auto":
+        # Never slower than ONNX Runtime, and half its time where the CPU has bf16 (docs/cpu.md).
+        installed = importlib.util.find_spec("openvino") is not None
+        chosen = "openvino" if installed else "onnxruntime"
+        log.info("backend auto: %s, because openvino is %sinstalled", chosen, "" if installed else "not ")
+        return chosen
+    if backend not in _BACKENDS:
         raise EngineError(f"backend {backend!r} is unknown: choose auto, {', '.join(BACKENDS)}")
-    return name
+    return backend
 
 
-def open_engine(bundle: Bundle, component: str, *, backend: str = "auto", threads: int | None = None) -> Engine:
-    """Open one component of the bundle; threads: how many the backend may use, None for one per physical core.
+def open_engine(bundle: Bundle, component: str, settings: EngineSettings = DEFAULT_SETTINGS) -> Engine:
+    """Open one component of the bundle.
 
     Raises EngineError, MissingBackend when the library is absent, BundleError when the bundle has no such component.
     """
-    name = resolve_backend(backend)
-    if threads is not None and threads < 1:
-        raise EngineError(f"threads must be at least 1, found {threads}")
+    name = resolve_backend(settings.backend)
+    if settings.threads is not None and settings.threads < 1:
+        raise EngineError(f"threads must be at least 1, found {settings.threads}")
     bundle.component_path(component)
     wanted = _BACKENDS[name]
     try:
@@ -90,32 +131,4 @@ def open_engine(bundle: Bundle, component: str, *, backend: str = "auto", thread
         raise MissingBackend(f"backend {name!r} needs {wanted.library}: pip install 'bksdm[{wanted.extra}]'") from None
     except ImportError as error:  # installed, but its own libraries do not load
         raise EngineError(f"backend {name!r} is installed but does not load: {error}") from error
-    return module.open_component(bundle, component, backend=name, threads=threads)
-
-
-def to_graph(
-    name: str, component: Component, inputs: Mapping[str, NDArray[np.generic]]
-) -> dict[str, NDArray[np.generic]]:
-    """The inputs in the graph's dtypes, checked against its specs. Raises EngineError."""
-    specs = {spec.name: spec for spec in component.inputs}
-    if specs.keys() != inputs.keys():
-        raise EngineError(f"{name} takes {', '.join(specs)}, was given {', '.join(inputs) or 'nothing'}")
-    ready: dict[str, NDArray[np.generic]] = {}
-    for tensor, array in inputs.items():
-        spec = specs[tensor]
-        fits = array.ndim == len(spec.axes) and all(
-            isinstance(axis, str) or axis == size for axis, size in zip(spec.axes, array.shape, strict=True)
-        )
-        if not fits:
-            wanted = ", ".join(str(axis) for axis in spec.axes)
-            raise EngineError(f"{name}: {tensor} must be [{wanted}], was given {list(array.shape)}")
-        ready[tensor] = np.ascontiguousarray(array, dtype=np.dtype(spec.dtype))
-    return ready
-
-
-def to_caller(outputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-    """The outputs with every floating-point array as float32."""
-    return {
-        name: array.astype(np.float32, copy=False) if np.issubdtype(array.dtype, np.floating) else array
-        for name, array in outputs.items()
-    }
+    return module.open_component(bundle, component, replace(settings, backend=name))

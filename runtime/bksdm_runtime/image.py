@@ -33,6 +33,7 @@ class Provenance:
     bundle: the bundle's hash (see bundle.Bundle.sha256); init_image: SHA-256 of the init image's file, "" without.
     batch_size, batch_index, threads: a backend may round differently in another batch or on another number of threads,
     so they belong to what makes the same picture again bit for bit.
+    arithmetic: see engine.Engine; "auto" in a picture of before it was kept, which ONNX Runtime made in its only one.
     """
 
     bundle: str
@@ -43,6 +44,7 @@ class Provenance:
     batch_size: int = 1
     batch_index: int = 0
     threads: int = 1
+    arithmetic: str = "auto"
     init_image: str = ""
 
 
@@ -150,8 +152,11 @@ def read_request(path: Path) -> tuple[Request, Provenance]:
             batch_size=int(texts["batch_size"]),
             batch_index=int(texts["batch_index"]),
             threads=int(texts["threads"]),
+            arithmetic=texts.get("arithmetic", "auto"),
             init_image=texts.get("init_image_sha256", ""),
         )
+        if provenance.arithmetic not in ("auto", "f32", "bf16", "f16"):
+            raise ValueError(f"arithmetic {ascii(provenance.arithmetic)[:20]} is unknown")
         possible = 0 <= provenance.batch_index < provenance.batch_size <= MAX_BATCH
         if not possible or not 1 <= provenance.threads <= MAX_THREADS:
             raise ValueError("its batch or its threads make no sense")
@@ -189,6 +194,7 @@ def _texts(request: Request, provenance: Provenance, height: int, width: int) ->
         "batch_size": str(provenance.batch_size),
         "batch_index": str(provenance.batch_index),
         "threads": str(provenance.threads),
+        "arithmetic": provenance.arithmetic,
         "Software": f"bksdm {provenance.version}",
     }
     if isinstance(request.init_image, Path):

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.bundle import BundleError
-from bksdm_runtime.engine import EngineError
+from bksdm_runtime.engine import EngineError, EngineSettings
 from bksdm_runtime.image import ImageError, Provenance, read_request, save_png
 from bksdm_runtime.naming import NamingError, targets
 from bksdm_runtime.pipeline import Images, Pipeline, Step, check
@@ -41,13 +41,12 @@ class Order:
     requests: tuple[Request, ...]
     bundle: Path | None
     output: str | None
-    backend: str
-    threads: int | None
+    settings: EngineSettings
     batch_size: int | None
     keep: int | None = None
 
 
-def order_from_png(picture: Path, bundle: Path | None, output: str | None, backend: str, threads: int | None) -> Order:
+def order_from_png(picture: Path, bundle: Path | None, output: str | None, settings: EngineSettings) -> Order:
     """The order that makes a picture again from what it carries. Raises ImageError, BundleError on another bundle."""
     request, provenance = read_request(picture)
     folder, _ = find_bundle(bundle)
@@ -73,19 +72,30 @@ def order_from_png(picture: Path, bundle: Path | None, output: str | None, backe
             raise ImageError(f"{picture} was made from the picture {request.init_image}, which has changed since")
     if provenance.version != version():
         log.warning("%s was made by bksdm %s, this is %s: pixels may differ", picture, provenance.version, version())
-    if backend not in ("auto", provenance.backend):
-        log.warning("%s was made on %s: on %s pixels may differ", picture, provenance.backend, backend)
-    chosen = provenance.backend if backend == "auto" else backend
+    settings = _same_arithmetic(picture, provenance, settings)
     # The same company in the same batch (of itself): nothing that a backend may round differently is left.
     return Order(
         requests=(request,) * provenance.batch_size,
         bundle=folder,
         output=output,
-        backend=chosen,
-        threads=provenance.threads if threads is None else threads,
+        settings=settings,
         batch_size=provenance.batch_size,
         keep=provenance.batch_index,
     )
+
+
+def _same_arithmetic(picture: Path, provenance: Provenance, settings: EngineSettings) -> EngineSettings:
+    """The settings with what they leave open taken from the picture; what they change is said."""
+    backend = provenance.backend if settings.backend == "auto" else settings.backend
+    arithmetic = settings.arithmetic
+    if backend != provenance.backend:
+        log.warning("%s was made on %s: on %s pixels may differ", picture, provenance.backend, backend)
+    elif arithmetic == "auto":
+        arithmetic = provenance.arithmetic
+    elif arithmetic != provenance.arithmetic:
+        log.warning("%s was made in %s: in %s pixels may differ", picture, provenance.arithmetic, arithmetic)
+    threads = provenance.threads if settings.threads is None else settings.threads
+    return replace(settings, backend=backend, arithmetic=arithmetic, threads=threads)
 
 
 def make(order: Order) -> Generator[Path, None, None]:
@@ -106,8 +116,8 @@ def make(order: Order) -> Generator[Path, None, None]:
     folders = {place.path.parent for place in places.values()}
     for folder_of_pictures in folders:
         _refuse_unwritable(folder_of_pictures)
-    pipeline = Pipeline.open(bundle, backend=order.backend, threads=order.threads)
-    log.info("%s (%s, %s) on %s", folder, bundle.manifest.variant, bundle.manifest.precision, pipeline.backend)
+    pipeline = Pipeline.open(bundle, order.settings)
+    _say_what_runs(folder, pipeline)
     log.info("%s", how_exact(order.requests[0]))
     hashes = _init_image_hashes(order.requests)
     for folder_of_pictures in folders:
@@ -163,6 +173,12 @@ def find_bundle(folder: Path | None) -> tuple[Path, str]:
         raise BundleError(f"no --bundle given, $BKSDM_BUNDLE is not set, and {error}") from None
 
 
+def _say_what_runs(folder: Path, pipeline: Pipeline) -> None:
+    model = f"{pipeline.bundle.manifest.variant}, {pipeline.bundle.manifest.precision}"
+    threads = f"{pipeline.threads} thread{'' if pipeline.threads == 1 else 's'}"
+    log.info("%s (%s) on %s: %s, %s", folder, model, pipeline.backend, pipeline.arithmetic, threads)
+
+
 def _refuse_unwritable(folder: Path) -> None:
     """Notice before minutes of work that a folder of pictures cannot be made or written; make nothing yet."""
     there = next((parent for parent in (folder, *folder.parents) if parent.exists()), Path())
@@ -199,6 +215,7 @@ def _save(path: Path, item: Images, pipeline: Pipeline, hashes: Mapping[Path, st
         batch_size=item.batch_size,
         batch_index=batch_index,
         threads=pipeline.threads,
+        arithmetic=pipeline.arithmetic,
         init_image=hashes[request.init_image] if isinstance(request.init_image, Path) else "",
     )
     save_png(path, pixels, request, provenance)

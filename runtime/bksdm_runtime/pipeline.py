@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from bksdm_runtime import bundle as bundles
 from bksdm_runtime.batches import MEMORY_BUDGET, Batch, plan
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.contract import DEEP
-from bksdm_runtime.engine import Engine, EngineError, open_engine, resolve_backend
+from bksdm_runtime.engine import DEFAULT_SETTINGS, Engine, EngineError, EngineSettings, open_engine, resolve_backend
 from bksdm_runtime.evaluations import Evaluation, plan_evaluations
 from bksdm_runtime.image import from_image, open_image, to_rgb, to_uint8
 from bksdm_runtime.noise import Generator as NoiseGenerator
@@ -162,34 +163,35 @@ def _resolve(bundle: Bundle, request: Request) -> Request:
 
 
 class Pipeline:
-    """A bundle opened on a backend that uses `threads` threads.
+    """A bundle opened on a backend; `backend`, `arithmetic` and `threads` are what its engines really use.
 
     Not thread-safe; opens the VAE encoder when the first init image comes, the shallow U-Net when steps are cached.
     """
 
     def __init__(
-        self, bundle: Bundle, backend: str, threads: int, tokenizer: Tokenizer, engines: Mapping[str, Engine]
+        self, bundle: Bundle, settings: EngineSettings, tokenizer: Tokenizer, engines: Mapping[str, Engine]
     ) -> None:
         self.bundle = bundle
-        self.backend = backend
-        self.threads = threads
+        self._settings = settings
         self._tokenizer = tokenizer
         self._engines = dict(engines)
+        unet = engines["unet"]
+        self.backend, self.arithmetic, self.threads = unet.backend, unet.arithmetic, unet.threads
 
     @classmethod
-    def open(cls, bundle: Bundle | Path | str, *, backend: str = "auto", threads: int | None = None) -> Pipeline:
+    def open(cls, bundle: Bundle | Path | str, settings: EngineSettings = DEFAULT_SETTINGS) -> Pipeline:
         """Open a bundle, or the folder of one, whose every file is then verified.
 
         Raises BundleError, EngineError, MissingBackend.
         """
         opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle)
-        name = resolve_backend(backend)
-        engines = {
-            component: open_engine(opened, component, backend=name, threads=threads)
-            for component in ("text_encoder", "unet", "vae_decoder")
-        }
-        tokenizer = Tokenizer.open(opened.root / bundles.TOKENIZER_FOLDER)
-        return cls(opened, name, engines["unet"].threads, tokenizer, engines)
+        chosen = replace(settings, backend=resolve_backend(settings.backend))
+        names: tuple[str, ...] = ("unet", "text_encoder", "vae_decoder")  # the slowest first
+        with ThreadPoolExecutor(len(names)) as pool:  # the libraries release the GIL while they open a graph
+            opening = pool.map(partial(open_engine, opened, settings=chosen), names)
+            tokenizer = Tokenizer.open(opened.root / bundles.TOKENIZER_FOLDER)
+            engines: dict[str, Engine] = dict(zip(names, opening, strict=True))
+        return cls(opened, chosen, tokenizer, engines)
 
     def generate(
         self, requests: Sequence[Request], *, batch_size: int | None = None, memory_budget: int = MEMORY_BUDGET
@@ -282,7 +284,7 @@ class Pipeline:
     def _engine(self, component: str) -> Engine:
         """One that only some requests need, opened when the first of them comes."""
         if component not in self._engines:
-            self._engines[component] = open_engine(self.bundle, component, backend=self.backend, threads=self.threads)
+            self._engines[component] = open_engine(self.bundle, component, self._settings)
         return self._engines[component]
 
     def _start(self, batch: Batch, pictures: Mapping[Path, Image.Image]) -> tuple[Array | None, Array]:

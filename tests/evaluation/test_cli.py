@@ -13,6 +13,7 @@ from bksdm.image_folder import digest
 from bksdm_evaluation import cli, features, generate, grid
 from bksdm_evaluation.retrieval import ScoreError
 from bksdm_runtime import bundle as bundles
+from bksdm_runtime.engine import resolve_backend
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_figures_are_printed_and_written_with_what_repeats_them(run, data, tmp_p
     assert figures["top1"] == 1.0
     assert figures["dataset"] == digest(data, [f"{i}.png" for i in range(4)])
     assert figures["bundle"] == bundles.load(bundles.demo(), verify=False).sha256
-    assert (figures["backend"], figures["threads"], figures["batch_size"]) == ("onnxruntime", 1, 8)
+    assert (figures["backend"], figures["threads"], figures["batch_size"]) == (resolve_backend("auto"), 1, 8)
     assert figures["versions"]["numpy"] == np.__version__
     assert {path.name for path in tmp_path.iterdir()} == {"train", "figures.json"}
 

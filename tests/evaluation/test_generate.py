@@ -2,12 +2,13 @@ import pytest
 
 from bksdm_evaluation.generate import generate
 from bksdm_runtime import bundle as bundles
+from bksdm_runtime.engine import EngineSettings
 from bksdm_runtime.pipeline import Pipeline
 
 
 def test_progress_adds_up_to_the_number_of_pictures_whatever_the_sampler_evaluates():
     told = []
-    pipeline = Pipeline.open(bundles.demo(), threads=1)
+    pipeline = Pipeline.open(bundles.demo(), EngineSettings(backend="onnxruntime", threads=1))
     pictures = generate(
         pipeline,
         ["a red apple", "a dog", "a boat"],

@@ -9,6 +9,7 @@ from bksdm_evaluation import generate as through_runtime
 from bksdm_evaluation.retrieval import ScoreError
 from bksdm_evaluation.torch_pipeline import generate
 from bksdm_runtime import bundle as bundles
+from bksdm_runtime.engine import EngineSettings
 from bksdm_runtime.pipeline import Pipeline
 
 CAPTIONS = ["a hot dog, 3d icon", "a crab, 3d icon", "a shamrock, 3d icon", "something never seen"]
@@ -22,7 +23,7 @@ def _pixels(pictures):
 def test_a_seed_gives_the_picture_of_the_exported_bundle(guidance):
     demo = checkpoint.load("demo")
     drawn = generate(demo, CAPTIONS, seed=7, batch_size=3, guidance_scale=guidance, on_step=lambda share: None)
-    pipeline = Pipeline.open(bundles.demo(), threads=1)
+    pipeline = Pipeline.open(bundles.demo(), EngineSettings(backend="onnxruntime", threads=1))
     expected = through_runtime.generate(
         pipeline,
         CAPTIONS,

@@ -20,7 +20,7 @@ from bksdm_export.precision import ERROR_LIMIT, Island, find_islands, store_fp16
 from bksdm_export.ranges import FP16_MAX, Ranges, measure_ranges
 from bksdm_export.recipe import ExportRequest, export_variant
 from bksdm_export.reference import Case, Reference
-from bksdm_export.verify import TOLERANCES
+from bksdm_export.verify import ORT, TOLERANCES
 from bksdm_export.wrappers import wrap
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.engine import open_engine
@@ -268,11 +268,11 @@ def test_fp16_is_finite_and_near_fp32_at_every_size(
     latents = generator.standard_normal((1, 4, height // 8, width // 8)).astype(np.float32)
     for timestep in (1.0, 958.04):
         inputs = {"sample": latents, "timestep": np.array([timestep], np.float32), "encoder_hidden_states": context}
-        near(open_engine(single, "unet")(inputs), open_engine(half, "unet")(inputs))
-    decoded = open_engine(single, "vae_decoder")({"latent_sample": latents})
-    near(decoded, open_engine(half, "vae_decoder")({"latent_sample": latents}))
+        near(open_engine(single, "unet", ORT)(inputs), open_engine(half, "unet", ORT)(inputs))
+    decoded = open_engine(single, "vae_decoder", ORT)({"latent_sample": latents})
+    near(decoded, open_engine(half, "vae_decoder", ORT)({"latent_sample": latents}))
     image = {"sample": np.clip(decoded["sample"], -1, 1)}
-    near(open_engine(single, "vae_encoder")(image), open_engine(half, "vae_encoder")(image))
+    near(open_engine(single, "vae_encoder", ORT)(image), open_engine(half, "vae_encoder", ORT)(image))
 
 
 @pytest.mark.slow
@@ -324,7 +324,7 @@ def test_timesteps_stay_fp32_because_fp16_cannot_hold_them(
     exported: Callable[..., Path], mini_reference: Reference
 ) -> None:
     """958.04, as Euler asks for it, is 958.0 in fp16; and cos and sin of it in fp16 would be noise."""
-    unet = open_engine(bundles.load(exported("fp16")), "unet")
+    unet = open_engine(bundles.load(exported("fp16")), "unet", ORT)
     assert {spec.name: spec.dtype for spec in unet.component.inputs}["timestep"] == "float32"
     graph = onnx.load(exported("fp16") / "unet" / "model.onnx").graph
     frequencies = [tensor for tensor in graph.initializer if tensor.name == "unsqueeze_1"]
@@ -355,7 +355,7 @@ def test_fp16_storage_costs_what_rounding_the_weights_costs(
     exported: Callable[..., Path], build_mini: Callable[..., Checkpoint], mini_reference: Reference
 ) -> None:
     """Against PyTorch with the same rounded weights the graph is as exact as any fp32 graph."""
-    unet = open_engine(bundles.load(exported("fp32", "fp16")), "unet")
+    unet = open_engine(bundles.load(exported("fp32", "fp16")), "unet", ORT)
     case = mini_reference.cases["unet"][0]
     exact = wrap(rounded(build_mini()), "unet")
     with torch.no_grad():

@@ -31,7 +31,7 @@ from bksdm_export import bundle_files, graphs, recipe, to_onnx
 from bksdm_export.errors import ExportError
 from bksdm_export.recipe import ExportRequest, export_graph, export_variant
 from bksdm_export.reference import Reference
-from bksdm_export.verify import compare_picture
+from bksdm_export.verify import ORT, compare_picture
 from bksdm_export.wrappers import wrap
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.pipeline import Images, Pipeline
@@ -77,7 +77,7 @@ def test_the_runtime_draws_pytorchs_pictures(
     exported: Callable[..., Path], mini_reference: Reference, precision: str, storage: str
 ) -> None:
     """Alone, not in the batch that the export verified."""
-    pipeline = Pipeline.open(exported(precision, storage))
+    pipeline = Pipeline.open(exported(precision, storage), ORT)
     picture = mini_reference.pictures[2]
     request = picture.request
     items = pipeline.generate(

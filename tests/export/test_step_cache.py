@@ -19,11 +19,13 @@ from bksdm.variants import VARIANTS
 from bksdm_export.recipe import ExportRequest, export_variant
 from bksdm_export.step_cache import ShallowUNet, UNetWithFeatures
 from bksdm_runtime import bundle as bundles
-from bksdm_runtime.engine import open_engine
+from bksdm_runtime.engine import EngineSettings, open_engine
 from bksdm_runtime.evaluations import plan_evaluations
 from bksdm_runtime.pipeline import Pipeline, sample
 from bksdm_runtime.request import Request
 from bksdm_runtime.schedule import make_schedule
+
+ONE = EngineSettings(backend="onnxruntime", threads=1)
 
 V2 = {"unet": {"attention_head_dim": [2, 4, 4, 4], "use_linear_projection": True}}
 
@@ -119,7 +121,7 @@ def test_cached_sampling_is_the_same_loop_in_torch(cached: Callable[[str], Path]
             negative, positive = output.chunk(2)
             latents = scheduler.step(negative + 5.0 * (positive - negative), timestep, latents).prev_sample
     bundle = bundles.load(folder)
-    unet, outermost = (open_engine(bundle, name, backend="onnxruntime", threads=1) for name in ("unet", "unet_shallow"))
+    unet, outermost = (open_engine(bundle, name, ONE) for name in ("unet", "unet_shallow"))
     schedule = make_schedule(bundle.scheduler_config, steps=7)
     planned = plan_evaluations(len(schedule.timesteps), guided=True, cache_interval=3)
     guidance = np.array([5.0], np.float32)
@@ -134,7 +136,6 @@ def test_cached_sampling_is_the_same_loop_in_torch(cached: Callable[[str], Path]
 def test_a_step_cache_in_half_precision_draws_nearly_the_same(cached: Callable[[str], Path]) -> None:
     request = Request("a red apple", steps=6, cache_interval=3)
     exact, half = (
-        Pipeline.open(cached(precision), backend="onnxruntime", threads=1).draw([request])[0].astype(int)
-        for precision in ("fp32", "fp16")
+        Pipeline.open(cached(precision), ONE).draw([request])[0].astype(int) for precision in ("fp32", "fp16")
     )
     assert abs(exact - half).mean() < 1

@@ -46,7 +46,7 @@ def bksdm_run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def quick(toy_bundle: Path) -> Sequence[object]:
-    return ("--bundle", toy_bundle, "--threads", 1, "--steps", 2)
+    return ("--bundle", toy_bundle, "--backend", "onnxruntime", "--threads", 1, "--steps", 2)
 
 
 def environment() -> dict[str, str]:
@@ -150,7 +150,7 @@ def test_without_any_bundle_is_one_sentence(bksdm_run: Run, monkeypatch: pytest.
 
 def test_verbose_says_what_runs_where(bksdm_run: Run, quick: Sequence[object], toy_bundle: Path) -> None:
     _, _, err = bksdm_run("a", *quick, "-v")
-    assert err == f"bksdm-run: {toy_bundle} (toy, fp32) on onnxruntime\n"
+    assert err == f"bksdm-run: {toy_bundle} (toy, fp32) on onnxruntime: f32, 1 thread\nbksdm-run: exact sampling\n"
 
 
 def test_a_prompt_that_is_cut_is_said_with_what_was_dropped(bksdm_run: Run, quick: Sequence[object]) -> None:
@@ -232,6 +232,45 @@ def test_from_png_says_what_may_differ(
     assert "this is 9.9: pixels may differ" in err
 
 
+def test_arithmetic_and_backend_are_kept_and_made_again(bksdm_run: Run, toy_bundle: Path) -> None:
+    pytest.importorskip("openvino", reason="needs openvino: pip install 'bksdm[openvino]'")
+    flags = ("--bundle", toy_bundle, "--steps", 2, "--threads", 1, "--pinning")
+    code, _, err = bksdm_run("a", *flags, "--backend", "openvino", "--arithmetic", "f32", "-o", "x.png", "-v")
+    assert (code, err) == (
+        0,
+        f"bksdm-run: {toy_bundle} (toy, fp32) on openvino: f32, 1 thread\nbksdm-run: exact sampling\n",
+    )
+    provenance = read_request(Path("x.png"))[1]
+    assert (provenance.backend, provenance.arithmetic, provenance.threads) == ("openvino", "f32", 1)
+    assert bksdm_run("--from-png", "x.png", "--bundle", toy_bundle, "-o", "y.png") == (0, "y.png\n", "")
+    assert Path("x.png").read_bytes() == Path("y.png").read_bytes()
+    _, _, err = bksdm_run("--from-png", "x.png", "--bundle", toy_bundle, "-o", "z.png", "--backend", "onnxruntime")
+    assert err == "bksdm-run: x.png was made on openvino: on onnxruntime pixels may differ\n"
+
+
+def test_from_png_of_an_arithmetic_that_the_backend_lacks_is_one_sentence(
+    bksdm_run: Run, quick: Sequence[object], toy_bundle: Path
+) -> None:
+    bksdm_run("a", *quick, "-o", "x.png")
+    request, provenance = read_request(Path("x.png"))
+    save_png(Path("y.png"), pixels("x.png"), request, replace(provenance, arithmetic="bf16"))
+    again = ("--from-png", "y.png", "--bundle", toy_bundle, "-o", "z.png")
+    code, out, err = bksdm_run(*again)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "backend 'onnxruntime' computes this bundle in f32, not in bf16: leave the arithmetic at auto" in err
+    code, out, err = bksdm_run(*again, "--arithmetic", "f32")
+    assert (code, err) == (0, "bksdm-run: y.png was made in bf16: in f32 pixels may differ\n")
+
+
+def test_auto_says_which_backend_and_why(bksdm_run: Run, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    _, _, err = bksdm_run("a", "--bundle", toy_bundle, "--steps", 1, "--threads", 1, "-v")
+    assert err == (
+        "bksdm-run: backend auto: onnxruntime, because openvino is not installed\n"
+        f"bksdm-run: {toy_bundle} (toy, fp32) on onnxruntime: f32, 1 thread\nbksdm-run: exact sampling\n"
+    )
+
+
 @pytest.mark.parametrize("flag", [("--steps", "3"), ("--count", "1"), ("--seed", "0"), ("--batch-size", "2")])
 def test_from_png_takes_its_settings_from_the_picture_alone(bksdm_run: Run, flag: tuple[str, str]) -> None:
     code, _, err = bksdm_run("--from-png", "x.png", *flag)
@@ -249,7 +288,7 @@ def test_from_png_takes_its_settings_from_the_picture_alone(bksdm_run: Run, flag
         (("--prompts-file", "empty.txt"), 2, "--prompts-file empty.txt holds no prompt"),
         (("--prompts-file", "latin.txt"), 2, "--prompts-file latin.txt is not UTF-8 text"),
         (("a", "--scheduler", "magic"), 2, "'magic' is not one of 'pndm', 'ddim', 'euler', 'dpmsolver++'"),
-        (("a", "--backend", "tpu"), 2, "'tpu' is not one of 'auto', 'onnxruntime', 'cuda'"),
+        (("a", "--backend", "tpu"), 2, "'tpu' is not one of 'auto', 'openvino', 'onnxruntime', 'cuda'"),
         (("a", "--seed", "x"), 2, "'x' is not a valid integer"),
         (("a", "--seed", 2**64), 2, "seeds go from -9223372036854775808 to 18446744073709551615"),
         (("a", "--seed", 2**64 - 1, "--count", 2), 2, "seeds go from"),
@@ -330,7 +369,7 @@ def test_the_number_of_threads_used_is_kept_not_auto(
 ) -> None:
     """A picture that said "auto" was made again on as many threads as another machine happens to allow."""
     monkeypatch.setattr("bksdm_runtime.backends.ort.physical_cores", lambda: 2)
-    bksdm_run("a", "--bundle", toy_bundle, "--steps", 1, "-o", "x.png")
+    bksdm_run("a", "--bundle", toy_bundle, "--backend", "onnxruntime", "--steps", 1, "-o", "x.png")
     assert read_request(Path("x.png"))[1].threads == 2
     monkeypatch.setattr("bksdm_runtime.backends.ort.physical_cores", lambda: 1)
     bksdm_run("--from-png", "x.png", "--bundle", toy_bundle, "-o", "y.png")

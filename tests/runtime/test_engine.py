@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +22,10 @@ import torch
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.backends import ort
 from bksdm_runtime.bundle import Bundle, BundleError
-from bksdm_runtime.engine import BACKENDS, EngineError, MissingBackend, open_engine, resolve_backend
+from bksdm_runtime.cores import physical_cores
+from bksdm_runtime.engine import BACKENDS, EngineError, EngineSettings, MissingBackend, open_engine, resolve_backend
 
+ONE = EngineSettings(backend="onnxruntime", threads=1)
 Rewrite = Callable[[Path, Callable[[dict[str, Any]], object]], None]
 
 
@@ -55,7 +59,7 @@ def test_the_graph_computes_what_torch_computes(
     bundle: Bundle, toy_weights: Any, batch: int, height: int, width: int
 ) -> None:
     inputs = unet_inputs(batch, height, width)
-    output = open_engine(bundle, "unet", threads=1)(inputs)["out_sample"]
+    output = open_engine(bundle, "unet", ONE)(inputs)["out_sample"]
     assert output.shape == (batch, 4, height, width)
     assert output.dtype == np.float32
     # measured: 5e-7 against float64
@@ -63,36 +67,57 @@ def test_the_graph_computes_what_torch_computes(
 
 
 def test_inputs_are_cast_to_the_graph_and_outputs_to_float32(bundle: Bundle) -> None:
-    engine = open_engine(bundle, "unet", threads=1)
+    engine = open_engine(bundle, "unet", ONE)
     plain = engine(unet_inputs())["out_sample"]
     wide = engine({name: array.astype(np.float64) for name, array in unet_inputs().items()})["out_sample"]
     np.testing.assert_array_equal(plain, wide)
     strided = {name: np.asfortranarray(array) for name, array in unet_inputs().items()}
     np.testing.assert_array_equal(plain, engine(strided)["out_sample"])
     ids = np.full((1, 77), 49407, np.int64)  # the graph takes int32
-    assert open_engine(bundle, "text_encoder", threads=1)({"input_ids": ids})["last_hidden_state"].shape == (1, 77, 16)
+    assert open_engine(bundle, "text_encoder", ONE)({"input_ids": ids})["last_hidden_state"].shape == (1, 77, 16)
 
 
 def test_fp16_graphs_run_on_the_cpu(make_toy_bundle: Callable[..., Path], tmp_path: Path, bundle: Bundle) -> None:
     half = bundles.load(make_toy_bundle(tmp_path / "half", dtype="float16"))
     assert half.manifest.precision == "fp16"
     for component in half.manifest.components:
-        open_engine(half, component, threads=1)
-    output = open_engine(half, "unet", threads=1)(unet_inputs())["out_sample"]
+        open_engine(half, component, ONE)
+    output = open_engine(half, "unet", ONE)(unet_inputs())["out_sample"]
     assert output.dtype == np.float32
     # measured: 1.7e-3 on values up to 3.9
-    np.testing.assert_allclose(output, open_engine(bundle, "unet", threads=1)(unet_inputs())["out_sample"], atol=8e-3)
+    np.testing.assert_allclose(output, open_engine(bundle, "unet", ONE)(unet_inputs())["out_sample"], atol=8e-3)
 
 
-def test_auto_is_onnxruntime(bundle: Bundle) -> None:
-    assert resolve_backend("auto") == "onnxruntime"
-    assert open_engine(bundle, "unet", threads=1).backend == "onnxruntime"
-    assert set(BACKENDS) == {"onnxruntime", "cuda"}
+@pytest.mark.parametrize(("installed", "expected", "why"), [(True, "openvino", ""), (False, "onnxruntime", "not ")])
+def test_auto_is_openvino_where_it_is_installed_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, installed: bool, expected: str, why: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    with caplog.at_level("INFO"):
+        assert resolve_backend("auto") == expected
+    assert caplog.messages == [f"backend auto: {expected}, because openvino is {why}installed"]
+    assert set(BACKENDS) == {"openvino", "onnxruntime", "cuda"}
+
+
+def test_auto_without_openvino_opens_onnxruntime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert open_engine(bundle, "unet", EngineSettings(threads=1)).backend == "onnxruntime"
+
+
+def test_onnxruntime_has_the_graphs_own_arithmetic_and_refuses_another(
+    bundle: Bundle, make_toy_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    half = bundles.load(make_toy_bundle(tmp_path / "half", dtype="float16"))
+    for opened, own, other in ((bundle, "f32", "bf16"), (half, "f16", "f32")):
+        assert open_engine(opened, "unet", ONE).arithmetic == own
+        assert open_engine(opened, "unet", replace(ONE, arithmetic=own)).arithmetic == own
+        with pytest.raises(EngineError, match=rf"'onnxruntime' computes this bundle in {own}, not in {other}: leave"):
+            open_engine(opened, "unet", replace(ONE, arithmetic=other))
 
 
 def test_an_unknown_backend_names_the_valid_ones(bundle: Bundle) -> None:
-    with pytest.raises(EngineError, match="backend 'tpu' is unknown: choose auto, onnxruntime, cuda"):
-        open_engine(bundle, "unet", backend="tpu")
+    with pytest.raises(EngineError, match="backend 'tpu' is unknown: choose auto, openvino, onnxruntime, cuda"):
+        open_engine(bundle, "unet", EngineSettings(backend="tpu"))
 
 
 def test_an_unknown_component_names_the_bundles_own(bundle: Bundle) -> None:
@@ -102,19 +127,18 @@ def test_an_unknown_component_names_the_bundles_own(bundle: Bundle) -> None:
 
 def test_no_threads_is_refused(bundle: Bundle) -> None:
     with pytest.raises(EngineError, match="threads must be at least 1, found 0"):
-        open_engine(bundle, "unet", threads=0)
+        open_engine(bundle, "unet", EngineSettings(threads=0))
 
 
-@pytest.mark.parametrize(("backend", "extra"), [("auto", "cpu"), ("onnxruntime", "cpu"), ("cuda", "cuda")])
+@pytest.mark.parametrize(("backend", "extra"), [("onnxruntime", "cpu"), ("cuda", "cuda")])
 def test_a_missing_library_names_its_extra(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, backend: str, extra: str
 ) -> None:
     monkeypatch.delitem(sys.modules, "bksdm_runtime.backends.ort")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingBackend) as caught:
-        open_engine(bundle, "unet", backend=backend)
-    name = resolve_backend(backend)
-    assert str(caught.value) == f"backend '{name}' needs onnxruntime: pip install 'bksdm[{extra}]'"
+        open_engine(bundle, "unet", EngineSettings(backend=backend))
+    assert str(caught.value) == f"backend '{backend}' needs onnxruntime: pip install 'bksdm[{extra}]'"
 
 
 def test_a_library_that_does_not_load_is_told_apart_from_a_missing_one(
@@ -126,7 +150,7 @@ def test_a_library_that_does_not_load_is_told_apart_from_a_missing_one(
     for name in [name for name in sys.modules if name.split(".")[0] == "onnxruntime"]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(EngineError, match="is installed but does not load: libstdc") as caught:
-        open_engine(bundle, "unet")
+        open_engine(bundle, "unet", ONE)
     assert not isinstance(caught.value, MissingBackend)
 
 
@@ -151,7 +175,7 @@ def test_wrong_inputs_are_one_sentence(
 ) -> None:
     inputs = unet_inputs()
     change(inputs)
-    engine = open_engine(bundle, "unet", threads=1)
+    engine = open_engine(bundle, "unet", ONE)
     with pytest.raises(EngineError, match=match) as caught:
         engine(inputs)
     assert "\n" not in str(caught.value)
@@ -172,7 +196,7 @@ def test_a_damaged_graph_is_one_sentence(
     for content in (b"", b"not a graph", path.read_bytes()[:500]):
         path.write_bytes(content)
         with pytest.raises(EngineError, match=r"unet: ONNX Runtime cannot open .*unet/model\.onnx: ") as caught:
-            open_engine(relist(toy_copy, rewrite_manifest), "unet", threads=1)
+            open_engine(relist(toy_copy, rewrite_manifest), "unet", ONE)
         assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
 
@@ -208,14 +232,14 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(
         model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 8
     onnx.save(model, path)
     with pytest.raises(EngineError, match=match):
-        open_engine(relist(toy_copy, rewrite_manifest), "unet", threads=1)
+        open_engine(relist(toy_copy, rewrite_manifest), "unet", ONE)
 
 
 def test_cuda_without_the_provider_says_what_to_install(bundle: Bundle) -> None:
     if "CUDAExecutionProvider" in ort.onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has the CUDA provider")
     with pytest.raises(EngineError, match=r"has no CUDAExecutionProvider.*leave only one.*'bksdm\[cuda\]'"):
-        open_engine(bundle, "unet", backend="cuda")
+        open_engine(bundle, "unet", EngineSettings(backend="cuda"))
 
 
 def test_cuda_that_falls_back_to_the_cpu_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +248,7 @@ def test_cuda_that_falls_back_to_the_cpu_is_refused(bundle: Bundle, monkeypatch:
 
     monkeypatch.setattr(ort, "_library", cuda_stub(InferenceSession=start))
     with pytest.raises(EngineError, match=r"CUDAExecutionProvider did not start \(running: CPUExecutionProvider\)"):
-        open_engine(bundle, "unet", backend="cuda", threads=1)
+        open_engine(bundle, "unet", EngineSettings(backend="cuda", threads=1))
 
 
 def cuda_stub(**changes: Any) -> ModuleType:
@@ -257,7 +281,7 @@ def test_cuda_is_asked_for_true_fp32_and_a_choice_of_algorithms_that_no_clock_de
         print("Failed to load libcudnn.so.9")
 
     monkeypatch.setattr(ort, "_library", cuda_stub(InferenceSession=start, preload_dlls=preload))
-    assert open_engine(bundle, "unet", backend="cuda", threads=1).backend == "cuda"
+    assert open_engine(bundle, "unet", EngineSettings(backend="cuda", threads=1)).backend == "cuda"
     options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
     assert seen == ["preloaded", [("CUDAExecutionProvider", options)]]
     assert capfd.readouterr().out == ""  # stdout carries the paths of pictures
@@ -267,7 +291,7 @@ def test_the_cpu_provider_preloads_no_cuda_and_takes_no_option_of_it(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ort.onnxruntime, "preload_dlls", None)
-    open_engine(bundle, "unet", threads=1)
+    open_engine(bundle, "unet", ONE)
 
 
 def test_threads_reach_the_session(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,16 +303,9 @@ def test_threads_reach_the_session(bundle: Bundle, monkeypatch: pytest.MonkeyPat
         return real(path, sess_options=sess_options, providers=providers)
 
     monkeypatch.setattr(ort.onnxruntime, "InferenceSession", spy)
-    assert open_engine(bundle, "unet", threads=3).threads == 3
-    assert open_engine(bundle, "unet").threads == ort.physical_cores()
-    assert seen == [3, ort.physical_cores()]
-
-
-def test_physical_cores_respects_what_the_process_may_use() -> None:
-    cores = ort.physical_cores()
-    assert 1 <= cores <= (os.cpu_count() or 1)
-    if hasattr(os, "sched_getaffinity"):
-        assert cores <= len(os.sched_getaffinity(0))
+    assert open_engine(bundle, "unet", EngineSettings(backend="onnxruntime", threads=3)).threads == 3
+    assert open_engine(bundle, "unet", EngineSettings(backend="onnxruntime")).threads == physical_cores()
+    assert seen == [3, physical_cores()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process, which Linux does")
@@ -302,8 +319,8 @@ def test_running_out_of_memory_is_one_sentence(toy_copy: Path, rewrite_manifest:
         import resource
         import numpy as np
         from bksdm_runtime import bundle
-        from bksdm_runtime.engine import EngineError, open_engine
-        engine = open_engine(bundle.load({str(toy_copy)!r}), "vae_decoder", threads=1)
+        from bksdm_runtime.engine import EngineError, EngineSettings, open_engine
+        engine = open_engine(bundle.load({str(toy_copy)!r}), "vae_decoder", EngineSettings("onnxruntime", 1))
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # the picture would need 48 GiB
         try:
             engine({{"latent_sample": np.zeros((1, 4, 1, 1), np.float32)}})
@@ -319,8 +336,8 @@ def test_running_out_of_memory_is_one_sentence(toy_copy: Path, rewrite_manifest:
 
 
 def test_opening_the_engine_module_imports_no_backend() -> None:
-    script = "import sys, bksdm_runtime.engine; print('onnxruntime' in sys.modules)"
+    script = "import sys, bksdm_runtime.engine; print({'onnxruntime', 'openvino'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout == "set()\n"
     importlib.import_module("bksdm_runtime.backends.ort")

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ PROVENANCE = Provenance(
     batch_size=2,
     batch_index=1,
     threads=3,
+    arithmetic="f32",
 )
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
 REQUEST = Request("a red apple", seed=1, guidance_scale=7.5, height=16, width=24)
@@ -218,6 +220,7 @@ def test_the_chunks_are_there_by_name(tmp_path: Path) -> None:
         "batch_size": "2",
         "batch_index": "1",
         "threads": "3",
+        "arithmetic": "f32",
         "Software": "bksdm 0.1.0",
     }
     assert parameters == (
@@ -273,6 +276,7 @@ def test_a_picture_of_someone_else_is_refused(tmp_path: Path) -> None:
         ("threads", "0", "its batch or its threads make no sense"),
         ("threads", "1000000", "its batch or its threads make no sense"),
         ("threads", "auto", "says wrongly how it was made"),
+        ("arithmetic", "f64", "says wrongly how it was made: arithmetic 'f64' is unknown"),
     ],
 )
 def test_damaged_texts_are_one_sentence(tmp_path: Path, name: str, text: str | None, match: str) -> None:
@@ -286,6 +290,16 @@ def test_damaged_texts_are_one_sentence(tmp_path: Path, name: str, text: str | N
         read_request(tmp_path / "b.png")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_a_picture_of_before_the_arithmetic_was_kept_is_still_read(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", PIXELS, REQUEST, PROVENANCE)
+    information = PngImagePlugin.PngInfo()
+    for key, value in chunks(tmp_path / "a.png").items():
+        if key != "arithmetic":
+            information.add_text(key, value)
+    Image.fromarray(PIXELS).save(tmp_path / "b.png", pnginfo=information)
+    assert read_request(tmp_path / "b.png") == (REQUEST, replace(PROVENANCE, arithmetic="auto"))
 
 
 def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bksdm_runtime
 
 FORBIDDEN = ("torch", "diffusers", "transformers", "onnx", "safetensors", "accelerate", "huggingface_hub")
@@ -23,15 +25,18 @@ def run_python(script: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_running_a_prompt_imports_no_torch(toy_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_running_a_prompt_imports_no_torch_and_one_backend(toy_bundle: Path, tmp_path: Path, backend: str) -> None:
+    pytest.importorskip(backend, reason="needs the extra of the backend")
     script = f"""
 import sys
 from bksdm_runtime.cli import run
 arguments = ["a red apple", "--bundle", {str(toy_bundle)!r}, "--steps", "2", "--threads", "1", "-o", "x.png"]
-assert run(arguments) == 0
-print("onnxruntime" in sys.modules, sorted({{name.split(".")[0] for name in sys.modules}} & set({FORBIDDEN!r})))
+assert run([*arguments, "--backend", {backend!r}]) == 0
+found = {{name.split(".")[0] for name in sys.modules}}
+print(sorted(found & {{"onnxruntime", "openvino"}}), sorted(found & set({FORBIDDEN!r})))
 """
-    assert run_python(script, tmp_path) == "x.png\nTrue []\n"
+    assert run_python(script, tmp_path) == f"x.png\n['{backend}'] []\n"
 
 
 def test_importing_the_package_imports_nothing(tmp_path: Path) -> None:
@@ -40,7 +45,7 @@ def test_importing_the_package_imports_nothing(tmp_path: Path) -> None:
 
 
 def test_the_command_line_imports_only_click_and_numpy(tmp_path: Path) -> None:
-    heavy = ("PIL", "tokenizers", "tqdm", "onnxruntime")
+    heavy = ("PIL", "tokenizers", "tqdm", "onnxruntime", "openvino")
     script = f"import sys, bksdm_runtime.cli; print([name for name in {heavy!r} if name in sys.modules])"
     assert run_python(script, tmp_path) == "[]\n"
 

@@ -19,7 +19,7 @@ from PIL import Image
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime import pipeline as pipelines
 from bksdm_runtime.batches import batch_limit, unet_bytes
-from bksdm_runtime.engine import EngineError
+from bksdm_runtime.engine import EngineError, EngineSettings
 from bksdm_runtime.image import ImageError
 from bksdm_runtime.noise import randn
 from bksdm_runtime.pipeline import Images, Pipeline, Request, Step, sample
@@ -37,11 +37,12 @@ SCHEDULERS = {
     "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
 }
 SCALING = 0.18215
+ONE = EngineSettings(backend="onnxruntime", threads=1)
 
 
 @pytest.fixture(scope="module")
 def pipeline(toy_bundle: Path) -> Pipeline:
-    return Pipeline.open(toy_bundle, threads=1)
+    return Pipeline.open(toy_bundle, ONE)
 
 
 class Reference:
@@ -188,7 +189,7 @@ def test_any_prompt_is_diffusers(pipeline: Pipeline, reference: Reference, promp
 
 def test_a_fp16_bundle_stays_close(make_toy_bundle: Callable[..., Path], tmp_path: Path, reference: Reference) -> None:
     request = Request("a red apple", seed=5, steps=10)
-    [latents], _ = run(Pipeline.open(make_toy_bundle(tmp_path / "half", dtype="float16"), threads=1), [request])
+    [latents], _ = run(Pipeline.open(make_toy_bundle(tmp_path / "half", dtype="float16"), ONE), [request])
     assert latents.dtype == np.float32
     np.testing.assert_allclose(latents, reference(request)[0], atol=0.1)  # measured: 0.03 on values up to 16
 
@@ -208,7 +209,7 @@ MIXED = [
 @pytest.fixture(scope="module")
 def cached(make_toy_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = make_toy_bundle(tmp_path_factory.mktemp("cached") / "bundle", step_cache=True)
-    return Pipeline.open(folder, backend="onnxruntime", threads=1)
+    return Pipeline.open(folder, ONE)
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
@@ -311,6 +312,7 @@ class Counting:
     def __init__(self, engine: Any, tensor: str) -> None:
         self.engine, self.tensor, self.calls = engine, tensor, []
         self.backend, self.component, self.threads = engine.backend, engine.component, engine.threads
+        self.arithmetic = engine.arithmetic
 
     def __call__(self, inputs: Any) -> Any:
         self.calls.append(len(inputs[self.tensor]))
@@ -319,7 +321,7 @@ class Counting:
 
 @pytest.fixture
 def counted(toy_bundle: Path) -> tuple[Pipeline, dict[str, Counting]]:
-    opened = Pipeline.open(toy_bundle, threads=1)
+    opened = Pipeline.open(toy_bundle, ONE)
     tensors = {"text_encoder": "input_ids", "unet": "sample", "vae_decoder": "latent_sample"}
     engines = {name: Counting(opened._engines[name], tensor) for name, tensor in tensors.items()}
     opened._engines.update(engines)
@@ -341,7 +343,7 @@ def test_a_bundle_brings_its_own_guidance(
 ) -> None:
     folder = make_toy_bundle(tmp_path / "toy")
     rewrite_manifest(folder, lambda content: content["model"].update(guidance_scale=2.5))
-    pipeline = Pipeline.open(folder, threads=1)
+    pipeline = Pipeline.open(folder, ONE)
     [own], [said] = (run(pipeline, [Request("a", steps=3, guidance_scale=scale)])[0] for scale in (None, 2.5))
     np.testing.assert_array_equal(own, said)
     [images] = [item for item in pipeline.generate([Request("a", steps=1)]) if isinstance(item, Images)]
@@ -353,7 +355,7 @@ def test_a_bundle_of_guidance_1_is_sampled_without(
 ) -> None:
     folder = make_toy_bundle(tmp_path / "toy")
     rewrite_manifest(folder, lambda content: content["model"].update(guidance_scale=1))
-    pipeline = Pipeline.open(folder, threads=1)
+    pipeline = Pipeline.open(folder, ONE)
     unet = pipeline._engines["unet"] = Counting(pipeline._engines["unet"], "sample")
     run(pipeline, [Request("a", steps=1)])
     assert unet.calls == [1]
@@ -458,7 +460,7 @@ def test_everything_is_checked_before_anything_is_computed(
 
 
 def test_an_init_image_needs_the_vae_encoder(make_toy_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    pipeline = Pipeline.open(make_toy_bundle(tmp_path / "small", vae_encoder=False), threads=1)
+    pipeline = Pipeline.open(make_toy_bundle(tmp_path / "small", vae_encoder=False), ONE)
     with pytest.raises(RequestError, match="this bundle has no VAE encoder, so it cannot start from a picture"):
         pipeline.generate([Request("a", init_image=Image.new("RGB", (64, 64)))])
     assert run(pipeline, [Request("a", steps=1)])
@@ -489,7 +491,7 @@ def test_nan_from_the_unet_is_an_error_and_no_picture(
         def __call__(self, inputs: Any) -> Any:
             return {"out_sample": np.full(inputs["sample"].shape, np.nan, np.float32)}
 
-    opened = Pipeline.open(toy_bundle, threads=1)
+    opened = Pipeline.open(toy_bundle, ONE)
     opened._engines["unet"] = Overflowing(opened._engines["unet"], "sample")
     with pytest.raises(EngineError, match="unet gave NaN or infinity"):
         list(opened.generate([Request("a", steps=2)]))
@@ -500,7 +502,7 @@ def test_nan_from_the_decoder_is_an_error_and_no_picture(toy_bundle: Path) -> No
         def __call__(self, inputs: Any) -> Any:
             return {"sample": np.full((1, 3, 64, 64), np.inf, np.float32)}
 
-    opened = Pipeline.open(toy_bundle, threads=1)
+    opened = Pipeline.open(toy_bundle, ONE)
     opened._engines["vae_decoder"] = Overflowing(opened._engines["vae_decoder"], "latent_sample")
     with pytest.raises(EngineError, match="vae_decoder gave NaN or infinity"):
         list(opened.generate([Request("a", steps=2)]))
@@ -519,6 +521,7 @@ def test_sample_walks_from_given_noise_and_contexts(pipeline: Pipeline, toy_bund
 
 def test_a_bundle_may_be_given_opened(toy_bundle: Path) -> None:
     opened = bundles.load(toy_bundle)
-    assert Pipeline.open(opened, threads=1).bundle is opened
-    assert Pipeline.open(str(toy_bundle), threads=1).backend == "onnxruntime"
+    assert Pipeline.open(opened, ONE).bundle is opened
+    named = Pipeline.open(str(toy_bundle), ONE)
+    assert (named.backend, named.arithmetic, named.threads) == ("onnxruntime", "f32", 1)
     assert pipelines.Request is Request

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -16,7 +14,9 @@ from numpy.typing import NDArray
 
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.contract import Component, TensorSpec
-from bksdm_runtime.engine import EngineError, to_caller, to_graph
+from bksdm_runtime.cores import physical_cores
+from bksdm_runtime.engine import EngineError, EngineSettings
+from bksdm_runtime.tensors import check_tensors, run_error, to_caller, to_graph
 
 # Above every severity (4 is fatal): warnings about graph clean-up say nothing to a user, and each error that the
 # library would print also comes as an exception, which becomes one sentence here.
@@ -42,7 +42,6 @@ _DTYPES = {
     "tensor(int32)": "int32",
     "tensor(int64)": "int64",
 }
-_OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory", "allocation failed")
 
 
 class _NodeArg(Protocol):
@@ -61,10 +60,13 @@ class _Session(Protocol):
 class OrtEngine:
     """One graph in an ONNX Runtime session; see `engine.Engine` for what a call takes and gives."""
 
-    def __init__(self, name: str, component: Component, session: _Session, backend: str, threads: int) -> None:
+    def __init__(
+        self, name: str, component: Component, session: _Session, backend: str, arithmetic: str, threads: int
+    ) -> None:
         self.name = name
         self.component = component
         self.backend = backend
+        self.arithmetic = arithmetic
         self.threads = threads
         self._session = session
         self._outputs = [spec.name for spec in component.outputs]
@@ -74,12 +76,20 @@ class OrtEngine:
         try:
             arrays = self._session.run(self._outputs, ready)
         except Exception as error:  # the library's own exceptions share no base class
-            raise _explain(self.name, ready, error) from error
+            raise run_error(self.name, ready, error, _first_line(error)) from error
         return to_caller(dict(zip(self._outputs, arrays, strict=True)))
 
 
-def open_component(bundle: Bundle, component: str, *, backend: str, threads: int | None) -> OrtEngine:
-    """Open one component of the bundle; `backend` is "onnxruntime" or "cuda". Raises EngineError."""
+def open_component(bundle: Bundle, component: str, settings: EngineSettings) -> OrtEngine:
+    """Open one component of the bundle; the settings' backend is "onnxruntime" or "cuda". Raises EngineError."""
+    backend = settings.backend
+    # It computes in what the graph is written in: it has no other arithmetic to choose.
+    arithmetic = {"fp32": "f32", "fp16": "f16"}[bundle.manifest.precision]
+    if settings.arithmetic not in ("auto", arithmetic):
+        raise EngineError(
+            f"backend {backend!r} computes this bundle in {arithmetic}, not in {settings.arithmetic}: "
+            "leave the arithmetic at auto, or take backend openvino"
+        )
     _library.set_default_logger_severity(_LOG_FATAL_ONLY)
     provider = _PROVIDERS[backend]
     if provider not in cast("list[str]", _library.get_available_providers()):
@@ -91,7 +101,7 @@ def open_component(bundle: Bundle, component: str, *, backend: str, threads: int
         _preload_cuda()
     path = bundle.component_path(component)
     # Explicit, because the library's own count ignores a container's limit and pins threads outside its cores.
-    used = physical_cores() if threads is None else threads
+    used = physical_cores() if settings.threads is None else settings.threads
     chosen = [(provider, _PROVIDER_OPTIONS[backend])]
     try:
         session = cast(
@@ -106,9 +116,9 @@ def open_component(bundle: Bundle, component: str, *, backend: str, threads: int
             "check the driver and the CUDA and cuDNN versions that this onnxruntime-gpu needs"
         )
     facts = bundle.manifest.components[component]
-    _check_tensors(component, "input", facts.inputs, session.get_inputs())
-    _check_tensors(component, "output", facts.outputs, session.get_outputs())
-    return OrtEngine(component, facts, session, backend, used)
+    check_tensors(component, "input", facts.inputs, _specs(session.get_inputs()))
+    check_tensors(component, "output", facts.outputs, _specs(session.get_outputs()))
+    return OrtEngine(component, facts, session, backend, arithmetic, used)
 
 
 def _preload_cuda() -> None:
@@ -130,52 +140,22 @@ def _session_options(threads: int) -> Any:
     options = _library.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graphs are chains: there is nothing to run side by side
+    # A pattern plans a second block of memory beside what the first call took: a guided 512 px evaluation of tiny then
+    # holds 5.9 GB, without it 3.7 GB in the same time (docs/cpu.md).
+    options.enable_mem_pattern = False
     options.log_severity_level = _LOG_FATAL_ONLY
     return options
 
 
-def physical_cores() -> int:
-    """Cores that this process may use, two hardware threads of one core counted once; a container's quota respected."""
-    if not hasattr(os, "sched_getaffinity"):  # macOS, Windows: no affinity to respect
-        return max(1, os.cpu_count() or 1)
-    usable = os.sched_getaffinity(0)
-    cores: set[str] = set()
-    for cpu in usable:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text().strip() if siblings.is_file() else str(cpu))
-    quota = Path("/sys/fs/cgroup/cpu.max")  # "max 100000" or "200000 100000": microseconds of each period
-    limit, _, period = quota.read_text().strip().partition(" ") if quota.is_file() else ("max", "", "")
-    allowed = max(1, int(limit) // int(period)) if limit.isdigit() and period.isdigit() else len(cores)
-    return max(1, min(len(cores), allowed))
-
-
-def _check_tensors(component: str, side: str, specs: Sequence[TensorSpec], found: Sequence[_NodeArg]) -> None:
-    """The session's own tensors must be those that bundle.json promises."""
-    tensors = {node.name: node for node in found}
-    if tensors.keys() != {spec.name for spec in specs}:
-        promised = ", ".join(spec.name for spec in specs)
-        raise EngineError(f"{component}: the graph's {side}s are {', '.join(tensors)}, bundle.json says {promised}")
-    for spec in specs:
-        node = tensors[spec.name]
-        dtype = _DTYPES.get(node.type, node.type)
-        if dtype != spec.dtype:
-            raise EngineError(f"{component}: {side} {spec.name} is {dtype}, bundle.json says {spec.dtype}")
-        # A symbolic size in the graph disproves nothing; a fixed one must be the promised one.
-        fits = len(node.shape) == len(spec.axes) and all(
-            not isinstance(has, int) or promised == has for promised, has in zip(spec.axes, node.shape, strict=True)
+def _specs(nodes: Sequence[_NodeArg]) -> list[TensorSpec]:
+    return [
+        TensorSpec(
+            node.name,
+            _DTYPES.get(node.type, node.type),
+            tuple(axis if isinstance(axis, int) else str(axis) for axis in node.shape),
         )
-        if not fits:
-            raise EngineError(
-                f"{component}: {side} {spec.name} is {list(node.shape)}, bundle.json says {list(spec.axes)}"
-            )
-
-
-def _explain(name: str, inputs: Mapping[str, NDArray[np.generic]], error: Exception) -> EngineError:
-    shapes = ", ".join(f"{tensor} {list(array.shape)}" for tensor, array in inputs.items())
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
-        return EngineError(f"{name} ran out of memory at {shapes}: use a smaller size or --batch-size 1")
-    return EngineError(f"{name} failed at {shapes}: {_first_line(error)}")
+        for node in nodes
+    ]
 
 
 def _first_line(error: Exception) -> str:
