@@ -13,7 +13,8 @@ while another is measured. A process draws its first picture (the cold start: fr
 largest resident set. Euler's method: every peer has it (stable-diffusion.cpp has no PNDM, GenAI no DPM-Solver++), and N
 steps are N evaluations everywhere. A contender that cannot be made or fails is a row with its reason.
 
-Writes all samples as JSON; with --write also docs/cpu-benchmark.md's tables and charts. Exit 1 where one of ours failed.
+Writes all samples as JSON; with --write also docs/cpu-benchmark.md's tables and charts. Exit 1 where one of ours
+failed.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "peaks": [_machine_figures("peak", str(chosen.threads))],
         "variants": {},
     }
-    for variant in chosen.variants:
+    for number, variant in enumerate(chosen.variants):
         shop = Workshop(chosen.cache, variant, _demo_models() if chosen.quick else {})
-        rows = chosen.rows if variant == chosen.variants[0] else [row for row in chosen.rows if row.name in chosen.scaling]
-        batches = tuple(chosen.batches) if variant == chosen.variants[0] else ()
+        rows = [row for row in chosen.rows if number == 0 or row.name in chosen.scaling]
+        batches = tuple(chosen.batches) if number == 0 else ()
         written["variants"][variant] = _variant(chosen, shop, rows, machine, batches)
     if not chosen.quick:
         written["peaks"].append(_machine_figures("peak", str(chosen.threads)))  # the faster of both counts
@@ -70,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.write:
         cpu_page.write(PAGE, written)
         print(f"written: {PAGE}")
-    ours = [result for part in written["variants"].values() for result in part["contenders"] if result["kind"] == "ours"]
+    every = [result for part in written["variants"].values() for result in part["contenders"]]
+    ours = [result for result in every if result["kind"] == "ours"]
     return 1 if any(result["failed"] for result in ours) or not any(result["samples"] for result in ours) else 0
 
 
@@ -120,10 +122,16 @@ def _measure(
     answer, log = folder / f"{name}.json", folder / f"{name}.log"
     answer.unlink(missing_ok=True)
     task = {
-        **{"kind": row.kind, "model": str(shop.model(row.model)), "options": dict(row.options)},
-        **{"prompt": PROMPT, "seed": SEED, "steps": chosen.steps, "size": chosen.size, "guidance": GUIDANCE},
-        **{"threads": chosen.threads, "noise": str(_noise(folder, chosen.size)), "picture": str(folder / f"{name}.png")},
-        **{"pictures": chosen.pictures, "batches": batches},
+        "kind": row.kind,
+        "model": str(shop.model(row.model)),
+        "options": dict(row.options),
+        "prompt": PROMPT,
+        "seed": SEED,
+        "guidance": GUIDANCE,
+        **{key: getattr(chosen, key) for key in ("steps", "size", "threads", "pictures")},
+        "noise": str(_noise(folder, chosen.size)),
+        "picture": str(folder / f"{name}.png"),
+        "batches": batches,
     }
     variables = {
         **os.environ,
@@ -144,7 +152,7 @@ def _measure(
         return _fail(result, why(ended.returncode, log))
     sample = json.loads(answer.read_text())
     result["picture"] = task["picture"]
-    result["batches"] = [drawn for drawn in sample["drawn"][chosen.pictures :]] or result["batches"]
+    result["batches"] = list(sample["drawn"][chosen.pictures :]) or result["batches"]
     return {**sample, "drawn": sample["drawn"][: chosen.pictures]}
 
 
@@ -213,7 +221,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="does it work: the demo, this environment, no judgement")
     chosen = parser.parse_args(arguments)
     if min(chosen.rounds, chosen.pictures, chosen.threads) < 1 or chosen.steps < 2:
-        parser.error("--rounds, --pictures and --threads are at least 1, --steps at least 2: a step is timed after the first")
+        parser.error("--rounds, --pictures, --threads are at least 1, --steps 2: a step is timed after the first")
     if chosen.quick:
         chosen.variants, chosen.size, chosen.steps, chosen.rounds = ["demo"], DEMO_SIZE, 2, 1
     chosen.cache, chosen.json = chosen.cache.resolve(), chosen.json or chosen.cache / "figures.json"

@@ -19,8 +19,8 @@ def tables(written: Written) -> str:
     for variant, figures in written["figures"].items():
         work = written["variants"][variant]["work"]
         parts.append(
-            f"### {variant}\n\nA guided step is {work['guided_step'] / 1e9:.0f} GFLOP, a decode {work['decode'] / 1e9:.0f}. "
-            f"Ratios are to {figures['reference']}: above 1 is slower than it."
+            f"### {variant}\n\nA guided step is {work['guided_step'] / 1e9:.0f} GFLOP, a decode "
+            f"{work['decode'] / 1e9:.0f}. Ratios are to {figures['reference']}: above 1 is slower than it."
         )
         parts.append(_contenders(figures["contenders"]))
         parts.append(_batches(figures["contenders"]))
@@ -108,7 +108,8 @@ def _compression(written: Written) -> str:
             rows.append(
                 [
                     *(name, variant, f"{work['macs'] / 1e9:.0f}", f"{work['guided_step'] / 1e9:.0f}"),
-                    *(f"{found['step']:.2f}", f"{found['seconds'][0]:.1f}", f"{whole['seconds'][0] / found['seconds'][0]:.2f}"),
+                    *(f"{found['step']:.2f}", f"{found['seconds'][0]:.1f}"),
+                    f"{whole['seconds'][0] / found['seconds'][0]:.2f}",
                     f"{arrived / saved:.0%}" if saved else "-",
                 ]
             )

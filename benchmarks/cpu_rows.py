@@ -41,7 +41,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
                 *("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0"),
             ),
         ),
-        # The index has no CPU build of it; the other one's import fails beside CPU torch, and takes transformers' along.
+        # The index has no CPU build of it, and the other one's import fails beside CPU torch, with transformers'.
         removed=("torchvision",),
     ),
     # Built from source for this CPU; needs cmake and a C++ compiler.
@@ -87,7 +87,7 @@ MODELS: Mapping[str, Model] = {
 @dataclass(frozen=True)
 class Row:
     """A contender. kind: a key of cpu_contender.KINDS. arithmetic: fp32, bf16 or int8, whose measured peak its U-Net is
-    held against. exact: what it draws is the checkpoint's picture up to rounding. backend: of bksdm_runtime, of ours."""
+    held against. exact: what it draws is the checkpoint's picture up to rounding. variables: of its process."""
 
     name: str
     kind: str
