@@ -60,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shop = Workshop(chosen.cache, variant, _demo_models() if chosen.quick else {})
         rows = [row for row in chosen.rows if number == 0 or row.name in chosen.scaling]
         batches = tuple(chosen.batches) if number == 0 else ()
-        written["variants"][variant] = _variant(chosen, shop, rows, machine, batches)
+        try:
+            written["variants"][variant] = _variant(chosen, shop, rows, machine, batches)
+        except MakeError as error:  # the checkpoint, of which all else is made
+            print(error, file=sys.stderr)
+            return 1
     if not chosen.quick:
         written["peaks"].append(_machine_figures("peak", str(chosen.threads)))  # the faster of both counts
     written["figures"] = cpu_figures.summarise(written)
@@ -80,10 +84,7 @@ def _variant(
     chosen: argparse.Namespace, shop: Workshop, rows: Sequence[Row], machine: dict[str, Any], batches: tuple[int, ...]
 ) -> dict[str, Any]:
     """All rounds of one variant: contenders with their samples, or the reason why there are none."""
-    results = [
-        {**asdict(row), "skipped": _unfit(row, machine, chosen.asked), "failed": None, "samples": [], "batches": None}
-        for row in rows
-    ]
+    results = [{**asdict(row), "skipped": _unfit(row, machine, chosen.asked), **_not_measured_yet()} for row in rows]
     for row, result in zip(rows, results, strict=True):
         if result["skipped"] is None:
             try:
@@ -100,6 +101,10 @@ def _variant(
                     result["samples"].append(sample)
                     print(f"{number:2} {shop.variant:8} {row.name:34} {cpu_figures.line(sample)}", flush=True)
     return {"work": work, "contenders": results}
+
+
+def _not_measured_yet() -> dict[str, Any]:
+    return {"failed": None, "samples": [], "batches": None, "picture": None}
 
 
 def _unfit(row: Row, machine: dict[str, Any], asked: Sequence[str]) -> str | None:

@@ -109,7 +109,7 @@ def psnr(result: Result, reference: Result) -> float | None:
     import numpy as np
     from PIL import Image
 
-    if not all(Path(one["picture"]).is_file() for one in (result, reference)):
+    if not all(one["picture"] and Path(one["picture"]).is_file() for one in (result, reference)):
         return None
     pixels = [np.asarray(Image.open(one["picture"]).convert("RGB"), np.float64) for one in (result, reference)]
     error = float(np.mean((pixels[0] - pixels[1]) ** 2))

@@ -115,7 +115,7 @@ class GenAI:
         self._open(1)
 
     def _open(self, batch: int) -> None:
-        import openvino_genai
+        import openvino_genai  # pyright: ignore[reportMissingImports]
 
         folder = Path(self.task.model)
         self.pipe = openvino_genai.Text2ImagePipeline(folder)
@@ -166,7 +166,7 @@ def _noise_of(task: Task) -> Any:
     """A generator for GenAI that gives the noise of the file, again for every picture of a batch."""
     import numpy as np
     import openvino
-    import openvino_genai
+    import openvino_genai  # pyright: ignore[reportMissingImports]
 
     noise = np.fromfile(task.noise, np.float32)
 
@@ -187,7 +187,7 @@ def _noise_of(task: Task) -> Any:
 
 class StableDiffusionCpp:
     def __init__(self, task: Task, watch: Watch) -> None:
-        import stable_diffusion_cpp
+        import stable_diffusion_cpp  # pyright: ignore[reportMissingImports]
 
         self.task, self.watch = task, watch
         pattern = re.compile(rb"(get_learned_condition|decode_first_stage) completed, taking ([0-9.]+)s")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -52,18 +53,23 @@ def _rate(call: Callable[[], object], work: int) -> float:
 
 
 def work(checkpoint: Path, size: int) -> dict[str, float]:
+    """work_of a diffusers folder."""
+    unet, vae = (json.loads((checkpoint / part / "config.json").read_text()) for part in ("unet", "vae"))
+    return work_of(unet, vae, size)
+
+
+def work_of(unet_config: Mapping[str, Any], vae_config: Mapping[str, Any], size: int) -> dict[str, float]:
     """guided_step, decode: FLOPs of batch 2 and of one picture, attention's own products included. macs: of the U-Net
     at batch 1, convolutions and linear layers, as BK-SDM's authors count them."""
-    config = json.loads((checkpoint / "unet" / "config.json").read_text())
-    vae_config = json.loads((checkpoint / "vae" / "config.json").read_text())
     latent = size // 2 ** (len(vae_config["block_out_channels"]) - 1)
     with torch.device("meta"), torch.no_grad():
-        unet, vae = build_unet(config), AutoencoderKL.from_config(vae_config)
-        sample = torch.empty(2, config["in_channels"], latent, latent)
-        context = torch.empty(2, 77, config["cross_attention_dim"])
+        unet = build_unet(unet_config)
+        vae: Any = AutoencoderKL.from_config(dict(vae_config))
+        sample = torch.empty(2, unet_config["in_channels"], latent, latent)
+        context = torch.empty(2, 77, unet_config["cross_attention_dim"])
         step = _flops(lambda: unet(sample, torch.empty(2), context))
-        decode = _flops(lambda: vae.decode(sample[:1]))  # pyright: ignore[reportAttributeAccessIssue]
-    return {"guided_step": step, "decode": decode, "macs": count_macs(config, latent=latent)}
+        decode = _flops(lambda: vae.decode(sample[:1]))
+    return {"guided_step": step, "decode": decode, "macs": count_macs(unet_config, latent=latent)}
 
 
 def _flops(call: Callable[[], object]) -> int:

@@ -42,20 +42,19 @@ def write(page: Path, written: Written) -> None:
 def _conditions(written: Written) -> str:
     machine, task = written["machine"], written["task"]
     peaks = {name: max(peak[name] for peak in written["peaks"]) for name in written["peaks"][0]}
-    versions: dict[str, str] = {}
+    versions: dict[str, set[str]] = {}
     for part in written["variants"].values():
         for result in part["contenders"]:
             for sample in result["samples"]:
                 for name, version in sample["versions"].items():
-                    known = versions.get(name, version)
-                    versions[name] = known if version in known.split(" and ") else f"{known} and {version}"
+                    versions.setdefault(name, set()).add(version)
     bf16 = "with bf16" if machine["bf16"] else "no bf16"
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {task['threads']} threads, {bf16}, "
         f"{machine['memory'] / 2**30:.0f} GiB; measured peak, GFLOP/s: "
         + ", ".join(f"{name} {rate:.0f}" for name, rate in peaks.items())
         + f". {task['size']} px, {task['steps']} Euler steps, guidance on, batch 1, {task['rounds']} rounds.\n\n"
-        + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        + ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items()))
         + "."
     )
 
