@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import cpu_aims
+
 Result = Mapping[str, Any]
 # Names of figures that are a contender's medians over rounds.
 STAGES = ("text", "step", "decode")
@@ -24,8 +26,8 @@ def line(sample: Result) -> str:
 
 
 def summarise(written: Result) -> dict[str, Any]:
-    """By variant: `reference`, ours that is fastest and exact, and figures by name of contender; what did not run is
-    left out. Ratios are to the reference in the same round, above 1 where it is faster; [median, least, most]."""
+    """By variant: `reference`, ours that is fastest and exact, figures by name of contender, and the aims; what did not
+    run is left out. Ratios are to the reference in the same round, above 1 where it is faster; [median, least, most]."""
     peaks = {name: max(peak[name] for peak in written["peaks"]) for name in written["peaks"][0]}
     figures: dict[str, Any] = {}
     for variant, part in written["variants"].items():
@@ -39,6 +41,7 @@ def summarise(written: Result) -> dict[str, Any]:
                 for name, result in ran.items()
             },
         }
+        figures[variant]["aims"] = cpu_aims.judge(part, figures[variant])
     return figures
 
 

@@ -87,7 +87,8 @@ MODELS: Mapping[str, Model] = {
 @dataclass(frozen=True)
 class Row:
     """A contender. kind: a key of cpu_contender.KINDS. arithmetic: fp32, bf16 or int8, whose measured peak its U-Net is
-    held against. exact: what it draws is the checkpoint's picture up to rounding. variables: of its process."""
+    held against. exact: what it draws is the checkpoint's picture up to rounding. variables: of its process.
+    aim: of an approximate row of ours, how many times as fast as the best exact peer it is to be."""
 
     name: str
     kind: str
@@ -96,6 +97,7 @@ class Row:
     options: Mapping[str, Any]
     arithmetic: str = "fp32"
     exact: bool = True
+    aim: float | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
 
     @property

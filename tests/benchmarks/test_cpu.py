@@ -39,6 +39,7 @@ def _contender(name: str, kind: str, seconds: list[float], **changes: Any) -> di
         "name": name,
         "kind": kind,
         "exact": True,
+        "aim": None,
         "arithmetic": "fp32",
         "skipped": None,
         "failed": None,
@@ -151,6 +152,28 @@ def test_ratios_are_within_rounds_and_to_the_fastest_exact_of_ours(module: Any) 
     assert found["contenders"]["peer"]["text"] is None
     # The fastest step, 0.5 s, did 971 GFLOP of 100 GFLOP that the better of both counts allows.
     assert math.isclose(found["contenders"]["ours, int8"]["share_of_peak"], 971 / 0.5 / 200)
+
+
+def test_aims_are_judged_against_the_best_peer_of_each_kind(module: Any) -> None:
+    written = _written(
+        tiny=[
+            _contender("ours, fast", "ours", [10, 10, 10]),
+            _contender("ours, cached", "ours", [4, 4, 4], exact=False, aim=2.0),
+            _contender("diffusers a", "diffusers", [14, 14, 14]),
+            _contender("diffusers b", "diffusers", [12, 12, 12]),
+            _contender("GenAI", "genai", [9.8, 9.8, 9.8]),
+            _contender("GenAI int8", "genai", [5, 5, 5], exact=False),
+        ]
+    )
+    aims = module("cpu_figures").summarise(written)["tiny"]["aims"]
+    told = [(aim["what"], aim["peer"], round(aim["found"], 2), aim["reached"]) for aim in aims]
+    assert told == [
+        ("speed, exact", "diffusers b", 1.2, False),
+        ("speed, exact", "GenAI", 0.98, True),
+        ("time to the first picture", "diffusers a", 1.0, True),
+        ("peak memory", "diffusers a", 1.0, True),
+        ("speed, ours, cached", "GenAI", 2.45, True),
+    ]
 
 
 def test_psnr_tells_the_same_picture_from_another(module: Any, tmp_path: Path) -> None:
