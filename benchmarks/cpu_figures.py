@@ -27,7 +27,7 @@ def line(sample: Result) -> str:
 
 def summarise(written: Result) -> dict[str, Any]:
     """By variant: `reference`, ours that is fastest and exact, figures by name of contender, and the aims; what did not
-    run is left out. Ratios are to the reference in the same round, above 1 where it is faster; [median, least, most]."""
+    run is left out. Ratios: to the reference in the same round, above 1 where it is faster; [median, least, most]."""
     peaks = {name: max(peak[name] for peak in written["peaks"]) for name in written["peaks"][0]}
     figures: dict[str, Any] = {}
     for variant, part in written["variants"].items():
