@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from bksdm.perceptual import Lpips
 from bksdm_runtime import bundle as bundles
+from bksdm_runtime.engine import EngineSettings
 from bksdm_runtime.evaluations import plan_evaluations
 from bksdm_runtime.pipeline import Pipeline
 from bksdm_runtime.request import Request
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     """Every caption with every shortcut against the exact picture of the same noise."""
     bundle = bundles.load(chosen.bundle)
-    pipeline = Pipeline.open(bundle, backend=chosen.backend, threads=chosen.threads)
+    pipeline = Pipeline.open(bundle, EngineSettings(chosen.backend, threads=chosen.threads))
     captions = _captions(chosen.captions, chosen.count)
     lpips = Lpips()
     rows: dict[str, dict[str, list[float]]] = {name: {"psnr": [], "lpips": [], "ratio": []} for name in SHORTCUTS}

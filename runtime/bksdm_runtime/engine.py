@@ -103,7 +103,7 @@ def resolve_backend(backend: str) -> str:
     Raises EngineError naming the valid ones.
     """
     if backend == "auto":
-        # Never slower than ONNX Runtime, and half its time where the CPU has bf16 (docs/cpu.md).
+        # An evaluation takes no longer than ONNX Runtime's, and half as long where the CPU has bf16 (docs/cpu.md).
         installed = importlib.util.find_spec("openvino") is not None
         chosen = "openvino" if installed else "onnxruntime"
         log.info("backend auto: %s, because openvino is %sinstalled", chosen, "" if installed else "not ")
