@@ -94,6 +94,12 @@ def _print_help(context: click.Context, _parameter: click.Parameter, wanted: boo
     show_default=True,
     help="Run the whole U-Net every N steps and its outermost layer between: faster, not exact.",
 )
+@click.option(
+    "--vae-tile",
+    type=int,
+    metavar="PIXELS",
+    help="Decode in tiles of this side: less memory, not exact.  [default: the picture at once]",
+)
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Picture number i uses seed + i.")
 @click.option(
     "--count",
@@ -153,6 +159,7 @@ def command(
     guidance_scale: float | None,
     guidance_interval: tuple[float, float],
     cache_interval: int,
+    vae_tile: int | None,
     seed: int,
     count: int,
     height: int | None,
@@ -211,6 +218,7 @@ def command(
                     noise=noise,
                     guidance_interval=guidance_interval,
                     cache_interval=cache_interval,
+                    vae_tile=vae_tile,
                 )
                 for i, one in enumerate(seeds)
             )

@@ -142,6 +142,7 @@ def read_request(path: Path) -> tuple[Request, Provenance]:
             noise=texts["noise"],
             guidance_interval=_interval(texts.get("guidance_interval", "0 1")),  # older pictures say neither
             cache_interval=int(texts.get("cache_interval", "1")),
+            vae_tile=int(texts["vae_tile"]) if "vae_tile" in texts else None,
         )
         provenance = Provenance(
             bundle=texts["bundle"],
@@ -197,6 +198,8 @@ def _texts(request: Request, provenance: Provenance, height: int, width: int) ->
         "arithmetic": provenance.arithmetic,
         "Software": f"bksdm {provenance.version}",
     }
+    if request.vae_tile is not None:
+        texts["vae_tile"] = str(request.vae_tile)
     if isinstance(request.init_image, Path):
         texts["init_image"] = str(request.init_image)
         texts["init_image_sha256"] = provenance.init_image
@@ -222,6 +225,8 @@ def _parameters(request: Request, provenance: Provenance, height: int, width: in
         settings["Guidance interval"] = "{:g}-{:g}".format(*request.guidance_interval)
     if request.cache_interval > 1:
         settings["Cache interval"] = str(request.cache_interval)
+    if request.vae_tile is not None:
+        settings["VAE tile"] = str(request.vae_tile)
     settings["Version"] = f"bksdm {provenance.version}"
     lines = [request.prompt]
     if request.negative_prompt:

@@ -158,6 +158,8 @@ def how_exact(request: Request) -> str:
     if request.guidance_interval != Request.guidance_interval:
         start, end = request.guidance_interval
         saved.append(f"guidance between {start:g} and {end:g} of the steps only")
+    if request.vae_tile is not None:
+        saved.append(f"decoded in tiles of {request.vae_tile} px")
     return f"not exact: {', '.join(saved)}" if saved else "exact sampling"
 
 

@@ -23,8 +23,9 @@ from bksdm_runtime.evaluations import Evaluation, plan_evaluations
 from bksdm_runtime.image import from_image, open_image, to_rgb, to_uint8
 from bksdm_runtime.noise import Generator as NoiseGenerator
 from bksdm_runtime.noise import open_generator
-from bksdm_runtime.request import Request, RequestError, check_size
+from bksdm_runtime.request import Request, RequestError, check_size, check_tile
 from bksdm_runtime.schedule import Schedule
+from bksdm_runtime.tiles import decode_tiles
 from bksdm_runtime.tokenizer import Tokenizer
 
 Array = NDArray[np.float32]
@@ -154,6 +155,8 @@ def _resolve(bundle: Bundle, request: Request) -> Request:
         raise RequestError(
             "this bundle has no VAE encoder, so it cannot start from a picture: export it again with one"
         )
+    if request.vae_tile is not None:
+        check_tile(request.vae_tile, model.size_multiple, model.vae_scale_factor)
     if request.cache_interval > 1 and "unet_shallow" not in bundle.manifest.components:
         raise RequestError(
             "this bundle has no shallow U-Net, so no steps can be cached: export it again with --step-cache"
@@ -225,11 +228,21 @@ class Pipeline:
             log.warning("the prompt is too long for the model, this end of it is dropped: %s", dropped)
         return _run(self._engines["text_encoder"], "last_hidden_state", input_ids=tokens.ids[None])[0]
 
-    def decode(self, latents: Array) -> NDArray[np.uint8]:
-        """Latents [B, C, h, w] -> pictures [B, H, W, 3] uint8, one at a time: a batch would only cost memory."""
-        unscaled = latents / np.float32(self.bundle.manifest.model.scaling_factor)
-        decoder = self._engines["vae_decoder"]
-        decoded = np.concatenate([_run(decoder, "sample", latent_sample=one[None]) for one in unscaled])
+    def decode(self, latents: Array, tile: int | None = None) -> NDArray[np.uint8]:
+        """Latents [B, C, h, w] -> pictures [B, H, W, 3] uint8, one at a time: a batch would only cost memory.
+
+        tile: side in pixels of tiles to decode in, for still less memory; None decodes a picture at once.
+        """
+        model = self.bundle.manifest.model
+        unscaled = latents / np.float32(model.scaling_factor)
+
+        def decode_one(one: Array) -> Array:
+            return _run(self._engines["vae_decoder"], "sample", latent_sample=one)
+
+        side = max(latents.shape[2:]) if tile is None else tile // model.vae_scale_factor
+        decoded = np.concatenate(
+            [decode_tiles(decode_one, one[None], (side, side), model.vae_scale_factor) for one in unscaled]
+        )
         if not np.isfinite(decoded).all():
             raise EngineError(
                 "vae_decoder gave NaN or infinity: the picture is lost (an fp16 graph may have overflowed)"
@@ -274,12 +287,13 @@ class Pipeline:
                 shallow=None if all(now.full for now in batch.evaluations) else self._engine("unet_shallow"),
             )
             for index, (timestep, latents) in enumerate(steps):
-                preview = partial(self.decode, latents)
+                preview = partial(self.decode, latents, batch.requests[0].vae_tile)
                 yield Step(index, len(batch.schedule.timesteps), timestep, latents, batch.positions, preview)
             if not np.isfinite(latents).all():
                 raise EngineError("unet gave NaN or infinity: the picture is lost (an fp16 graph may have overflowed)")
             for i, (position, request) in enumerate(zip(batch.positions, batch.requests, strict=True)):
-                yield Images((position,), (request,), self.decode(latents[i : i + 1]), len(latents), (i,))
+                pixels = self.decode(latents[i : i + 1], request.vae_tile)
+                yield Images((position,), (request,), pixels, len(latents), (i,))
 
     def _engine(self, component: str) -> Engine:
         """One that only some requests need, opened when the first of them comes."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bksdm_runtime.schedule import SAMPLERS
+from bksdm_runtime.tiles import OVERLAP
 
 if TYPE_CHECKING:
     from PIL.Image import Image  # for the annotation alone: --help and imports stay free of Pillow
@@ -33,6 +34,7 @@ class Request:
     init_image: starts from this picture, resized to the size; strength: in (0, 1], how much of it is redone.
     noise: "cpu" or "cuda", whose torch generator the seed belongs to.
     guidance_interval, cache_interval: work that may be saved, see evaluations.plan_evaluations; by default none is.
+    vae_tile: side of the tiles, in pixels, that the picture is decoded in (see tiles), or None for all at once.
     """
 
     prompt: str
@@ -48,6 +50,7 @@ class Request:
     noise: str = "cpu"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     cache_interval: int = 1
+    vae_tile: int | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -86,6 +89,8 @@ class Request:
                 "guidance_scale 1 is how to do without"
             )
         _check_integer("cache_interval", self.cache_interval, 1, 1000)
+        if self.vae_tile is not None:
+            _check_integer("vae_tile", self.vae_tile, 1, MAX_SIDE)
 
 
 def check_size(side: str, pixels: int, multiple: int) -> None:
@@ -98,6 +103,14 @@ def check_size(side: str, pixels: int, multiple: int) -> None:
             f"{side} {pixels} does not fit this model, which takes multiples of {multiple}: "
             f"{works} {' and '.join(nearest)}"
         )
+
+
+def check_tile(pixels: int, multiple: int, factor: int) -> None:
+    """Refuse a tile that the model cannot decode or that is narrower than its blended edges. Raises RequestError."""
+    check_size("vae_tile", pixels, multiple)
+    least = (2 * OVERLAP + 1) * factor
+    if pixels < least:
+        raise RequestError(f"vae_tile {pixels} is too small: its neighbours overlap it, so it must be {least} or more")
 
 
 def _check_text(name: str, text: object) -> None:

@@ -188,10 +188,12 @@ def test_image_to_image_remembers_its_picture(tmp_path: Path) -> None:
 
 
 def test_what_was_saved_is_remembered(tmp_path: Path) -> None:
-    request = Request("a", guidance_scale=7.5, height=16, width=24, guidance_interval=(0.1, 0.8), cache_interval=3)
+    request = Request(
+        "a", guidance_scale=7.5, height=16, width=24, guidance_interval=(0.1, 0.8), cache_interval=3, vae_tile=256
+    )
     save_png(tmp_path / "b.png", PIXELS, request, PROVENANCE)
     assert read_request(tmp_path / "b.png") == (request, PROVENANCE)
-    assert "Guidance interval: 0.1-0.8, Cache interval: 3" in chunks(tmp_path / "b.png")["parameters"]
+    assert "Guidance interval: 0.1-0.8, Cache interval: 3, VAE tile: 256" in chunks(tmp_path / "b.png")["parameters"]
 
 
 def test_the_chunks_are_there_by_name(tmp_path: Path) -> None:

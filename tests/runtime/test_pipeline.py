@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,19 @@ def test_the_whole_unet_runs_every_so_many_evaluations_alone(cached: Pipeline) -
         assert calls == ["unet 1", "unet_shallow 1", "unet 2", "unet_shallow 2", "unet 2"]
     finally:
         cached._engines.update(before)
+
+
+def test_tiles_of_a_pointwise_decoder_are_the_whole_picture(counted: tuple[Pipeline, dict[str, Counting]]) -> None:
+    """The toy decoder sees one latent at a time; a real one does not, see docs/shortcuts.md."""
+    pipeline, engines = counted
+    request = Request("a red apple", steps=2, height=256, width=320)
+    [whole] = pipeline.draw([request])
+    engines["vae_decoder"].calls.clear()
+    [tiled] = pipeline.draw([replace(request, vae_tile=192)])
+    assert len(engines["vae_decoder"].calls) == 2 * 2
+    assert np.abs(whole.astype(int) - tiled).max() <= 1  # a level where rounding falls the other way
+    with pytest.raises(RequestError, match="vae_tile 100 does not fit"):
+        pipeline.generate([replace(request, vae_tile=100)])
 
 
 def test_steps_cannot_be_cached_without_a_shallow_unet(pipeline: Pipeline) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bksdm_runtime.request import Request, RequestError, check_size
+from bksdm_runtime.request import Request, RequestError, check_size, check_tile
 
 
 def test_the_size_is_known_once_it_is_chosen() -> None:
@@ -104,6 +104,7 @@ def test_a_size_that_does_not_fit_names_the_nearest(pixels: int, multiple: int, 
         ({"guidance_interval": (0.0, 1.5)}, "interval's end must be a number from 0 to 1"),
         ({"guidance_interval": (0.0, float("nan"))}, "interval's end must be a number"),
         ({"guidance_interval": (0.5, 0.5)}, "must end after it starts"),
+        ({"vae_tile": 0}, "vae_tile must be a whole number from 1"),
         ({"cache_interval": 0}, "cache_interval must be a whole number from 1"),
         ({"cache_interval": 2.0}, "cache_interval must be a whole number"),
     ],
@@ -111,3 +112,11 @@ def test_a_size_that_does_not_fit_names_the_nearest(pixels: int, multiple: int, 
 def test_what_may_be_saved_is_checked(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Request("a", **change)
+
+
+def test_a_tile_is_a_multiple_and_wider_than_its_edges() -> None:
+    check_tile(192, 64, 8)
+    with pytest.raises(RequestError, match="vae_tile 200 does not fit this model, which takes multiples of 64"):
+        check_tile(200, 64, 8)
+    with pytest.raises(RequestError, match=r"vae_tile 128 is too small: .* must be 136 or more"):
+        check_tile(128, 64, 8)
