@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 PRECISIONS = ("fp32", "fp16", "int8")
-# Those whose arithmetic int8 changes: the text encoder runs once for a picture, the VAE encoder for some pictures alone.
+# What int8 changes: the text encoder runs once for a picture, the VAE encoder for some pictures alone.
 IN_INT8 = ("unet", "unet_shallow", "vae_decoder")
 DEPTHS = ("quick", "full")  # of the verification; see reference.plan
 DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "int8": "float32"}

@@ -1,6 +1,6 @@
 """How like PyTorch's own pictures an int8 bundle's are, on each backend: PSNR for the pixels, LPIPS for the eye.
 
-Element by element int8 is far from fp32 and means little: a sampler corrects at a later step what an earlier one missed.
+Element by element int8 is far from fp32 and means little: a later step of the sampler corrects what an earlier missed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from bksdm.packages import PackageError
 from bksdm.perceptual import Lpips
 from bksdm_export.errors import ExportError
 
-# What the pictures of one export must keep, on average over them. Measured: see docs/cpu.md, int8.
-PSNR_BOUND = 24.0
-LPIPS_BOUND = 0.08
+# What the pictures of one export must keep, on average over them. Measured on the demo, 8 pictures of 12 steps: 35.1 dB
+# and 0.013 on ONNX Runtime, 34.3 dB and 0.022 on OpenVINO. With the layers that int8 harms left in: 26 dB and 0.06.
+PSNR_BOUND = 28.0
+LPIPS_BOUND = 0.06
 _PEAK = 255
 _SAME = 99.0  # dB, for pictures without a difference
 _LPIPS_SIDE = 32  # Lpips takes no smaller ones

@@ -130,7 +130,7 @@ def _sensitive(components: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     return (
-        f'<h2>Not in int8</h2><p class="soft">int8 alone would cost each of these layers more than {INT8_LIMIT:g} of its '
+        f'<h2>Not in int8</h2><p class="soft">int8 would cost each of these layers more than {INT8_LIMIT:g} of its '
         "output (root mean square, the worst call).</p>" + _table(("layer", "error measured"), rows)
     )
 
@@ -150,9 +150,7 @@ def _likeness(figures: Figures) -> str:
     if not rows:
         return ""
     head = ("backend", "PSNR, dB", "worst", "at least", "LPIPS", "worst", "at most")
-    return (
-        '<h2>int8 against fp32</h2><p class="soft">Of the pictures below, on average.</p>' + _table(head, rows)
-    )
+    return '<h2>int8 against fp32</h2><p class="soft">Of the pictures below, on average.</p>' + _table(head, rows)
 
 
 def _rounding(figures: Figures) -> str:

@@ -7,9 +7,11 @@ same fp32 input, and one that loses more than INT8_LIMIT is given back its fp32 
 
 from __future__ import annotations
 
+import io
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,17 +81,18 @@ def quantise(component: str, model: ir.Model, cases: Sequence[Case]) -> tuple[ir
     # TRANSFORMER leaves softmax and norms alone; without it ten times the error at the first step. Neither SmoothQuant
     # nor bias correction lowered the error (0.0283 without, 0.0286 with), and without them a layer that is given back
     # leaves nothing behind.
-    made = nncf.quantize(
-        ir.to_proto(model),
-        nncf.Dataset(inputs),
-        preset=nncf.QuantizationPreset.PERFORMANCE,
-        subset_size=len(inputs),
-        model_type=nncf.ModelType.TRANSFORMER if component.startswith("unet") else None,
-        advanced_parameters=nncf.AdvancedQuantizationParameters(
-            disable_bias_correction=True,
-            smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
-        ),
-    )
+    with redirect_stdout(io.StringIO()):  # its progress bars: stdout carries the table and the path
+        made = nncf.quantize(
+            ir.to_proto(model),
+            nncf.Dataset(inputs),
+            preset=nncf.QuantizationPreset.PERFORMANCE,
+            subset_size=len(inputs),
+            model_type=nncf.ModelType.TRANSFORMER if component.startswith("unet") else None,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                disable_bias_correction=True,
+                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
+            ),
+        )
     quantised = ir.from_proto(made)
     errors = measure(model, quantised, cases)
     left_out = tuple(
@@ -173,7 +176,8 @@ def _twin_input(graph: ir.Graph, exact: ir.Value | None, source: _Source, added:
 
 def _constant(graph: ir.Graph, value: ir.Value | None) -> ir.Value:
     """An initializer of the quantised graph as one of this graph."""
-    assert value is not None and value.const_value is not None and value.name is not None
+    assert value is not None
+    assert value.name is not None
     name = f"int8/{value.name}"
     if name not in graph.initializers:
         graph.register_initializer(ir.Value(name=name, const_value=value.const_value))
@@ -197,7 +201,8 @@ def give_back(quantised: ir.Model, model: ir.Model, layers: Iterable[str]) -> No
                 last.replace_input_with(0 if source.shapes else index, source.value)
                 continue
             weight = exact[node.name].inputs[index]
-            assert weight is not None and weight.name is not None  # quantised, so it was there
+            assert weight is not None  # quantised, so it was there
+            assert weight.name is not None
             if weight.name not in graph.initializers:
                 graph.register_initializer(ir.Value(name=weight.name, const_value=weight.const_value))
             node.replace_input_with(index, graph.initializers[weight.name])

@@ -29,7 +29,18 @@ from bksdm_export.precision import (
     to_half,
 )
 from bksdm_export.ranges import measure_ranges, with_own_size
-from bksdm_export.reference import KEPT, KEPT_FOR_INT8, Case, Picture, Reference, choose_sampler, draw, make_reference, plan, samples
+from bksdm_export.reference import (
+    KEPT,
+    KEPT_FOR_INT8,
+    Case,
+    Picture,
+    Reference,
+    choose_sampler,
+    draw,
+    make_reference,
+    plan,
+    samples,
+)
 from bksdm_export.report import GraphFacts
 from bksdm_export.verify import (
     TOLERANCES,
@@ -109,9 +120,7 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
         checkpoint = load(request)
         check_space(target.parent, bundle_files.expected_bytes(checkpoint, storage))
         facts = graphs.model_facts(checkpoint)
-        pictures = plan(
-            facts, request.depth, choose_sampler(checkpoint.scheduler_config), more=precision == "int8"
-        )
+        pictures = plan(facts, request.depth, choose_sampler(checkpoint.scheduler_config), more=precision == "int8")
 
         unrounded = None
         if storage != precision:
@@ -178,8 +187,8 @@ def export_graph(
 ) -> GraphFacts:
     """Write one component's graph. The module is used up: in fp16 its weights are turned in place.
 
-    cases: real inputs, in which an fp16 graph's islands are measured and on which an int8 one is calibrated; kind: (precision, storage); shared: the U-Net's
-    graph, whose file of weights a shallow one reads too.
+    cases: real inputs, in which an fp16 graph's islands are measured and on which an int8 one is calibrated; kind:
+    (precision, storage); shared: the U-Net's graph, whose file of weights a shallow one reads too.
     """
     precision, storage = kind
     started = time.perf_counter()

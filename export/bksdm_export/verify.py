@@ -52,8 +52,8 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
         {"text_encoder": 1e-2, "unet": 1e-2, "unet_shallow": 1e-2, "vae_decoder": 1e-2, "vae_encoder": 1e-2},
         picture=3.0,
     ),
-    # int8 in U-Net and VAE decoder: a sound one differs by 0.05 to 0.4, most at the last steps; a broken graph by more. The
-    # pictures are held to `likeness`'s bounds besides.
+    # int8 in U-Net and VAE decoder: measured 0.26 and 0.21 (demo), pictures 4.4. `likeness` is what counts; these
+    # only catch a graph that is broken.
     ("int8", "int8"): Tolerance(
         {"text_encoder": 5e-6, "unet": 1.0, "unet_shallow": 1.0, "vae_decoder": 1.0, "vae_encoder": 2e-5}, picture=25.5
     ),
@@ -204,9 +204,7 @@ def verify_pictures(
     return tuple(compare_picture(picture, drawn.get(i), note) for i, picture in enumerate(reference.pictures))
 
 
-def judge_pictures(
-    bundle: Bundle, reference: Reference, on_ort: Sequence[PictureComparison]
-) -> tuple[Likeness, ...]:
+def judge_pictures(bundle: Bundle, reference: Reference, on_ort: Sequence[PictureComparison]) -> tuple[Likeness, ...]:
     """An int8 bundle's pictures on ONNX Runtime, and on OpenVINO where it is installed. Raises ExportError.
 
     OpenVINO multiplies what is not int8 in f32, though a processor may have bf16: the bound is int8's.

@@ -41,8 +41,8 @@ class Licence:
 class Manifest:
     """The content of bundle.json.
 
-    precision: dtype of the graphs' arithmetic, fp32, fp16 or int8 (U-Net and VAE decoder, but for layers that need fp32);
-    storage: dtype of the stored weights, of the same three.
+    precision: dtype of the graphs' arithmetic, fp32, fp16 or int8 (most layers of U-Net and VAE decoder, fp32 the
+    rest); storage: dtype of the stored weights, likewise.
     parity: what was compared with PyTorch, free-form; tools: name -> version of what made the bundle.
     """
 
