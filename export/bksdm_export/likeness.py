@@ -18,7 +18,7 @@ from bksdm.perceptual import Lpips
 from bksdm_export.errors import ExportError
 
 # What the pictures of one export must keep, on average over them. Measured on the demo, 8 pictures of 12 steps: 35.1 dB
-# and 0.013 on ONNX Runtime, 34.3 dB and 0.022 on OpenVINO. With the layers that int8 harms left in: 26 dB and 0.06.
+# and 0.013 on ONNX Runtime, 34.3 dB and 0.022 on OpenVINO.
 PSNR_BOUND = 28.0
 LPIPS_BOUND = 0.06
 _PEAK = 255
