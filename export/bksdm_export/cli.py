@@ -22,6 +22,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".pkl")
 _LORA_FILE = "pytorch_lora_weights.safetensors"  # bksdm.lora.FILE, which needs torch
 # What the export extra brings.
 _EXTRA = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
+_EXTRA_INT8 = "nncf"
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -57,7 +58,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="Of the arithmetic: fp32 for a CPU, fp16 for a GPU.",
+    help="Of the arithmetic: fp32 or int8 for a CPU, fp16 for a GPU.",
 )
 @click.option(
     "--storage",
@@ -134,8 +135,14 @@ def command(
         from bksdm_export.errors import ExportError
         from bksdm_export.recipe import ExportRequest, export_variant
         from bksdm_export.report import table
+
+        if precision == "int8":
+            import nncf  # noqa: F401 - as above
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
+        if name == _EXTRA_INT8:
+            click.echo(f"{_PROGRAM}: --precision int8 needs {name}: pip install 'bksdm[int8]'", err=True)
+            return 2
         if name not in _EXTRA:
             raise
         click.echo(f"{_PROGRAM}: needs {name}: pip install 'bksdm[export]'", err=True)

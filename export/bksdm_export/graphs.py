@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from bksdm.checkpoint import Checkpoint
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
+# What int8 changes: the text encoder runs once for a picture, the VAE encoder for some pictures alone.
+IN_INT8 = ("unet", "unet_shallow", "vae_decoder")
 DEPTHS = ("quick", "full")  # of the verification; see reference.plan
-DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16"}
+DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "int8": "float32"}
 
 # 18: the lowest that torch's dynamo exporter writes, and what TensorRT 8.6 to 11, OpenVINO and ONNX Runtime all read.
 OPSET = 18
@@ -54,7 +56,7 @@ def deep_channels(checkpoint: Checkpoint) -> int:
 
 
 def components(facts: ModelFacts, precision: str, *, deep: int | None = None) -> dict[str, Component]:
-    """Every component's path and tensors. precision: "fp32" or "fp16", the dtype of the graphs' inputs and outputs.
+    """Every component's path and tensors. precision: one of PRECISIONS; int8 graphs take and give float32.
 
     deep: channels of the deep features for a bundle with a step cache, whose U-Net is two graphs; None for none.
     """

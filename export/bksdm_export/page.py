@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bksdm_export.precision import ERROR_LIMIT, LIMIT
+from bksdm_export.precision import ERROR_LIMIT, INT8_LIMIT, LIMIT
 from bksdm_export.verify import PictureComparison, reference_pixels
 from bksdm_runtime.bundle import Manifest
 
@@ -68,6 +68,8 @@ provider</p>
 Inputs are real prompts, and latents from PyTorch's own trajectories.</p>
 {_graphs(figures["components"])}
 {_islands(figures["components"])}
+{_sensitive(figures["components"])}
+{_likeness(figures)}
 <h2>Pictures</h2>
 <p class="soft">Drawn from the same noise by diffusers' pipeline and by the runtime. Accepted is a mean difference of
 {figures["picture_tolerance"]:g}/255.{_rounding(figures)}</p>
@@ -117,6 +119,38 @@ def _islands(components: Mapping[str, Any]) -> str:
         f"({LIMIT:,.0f}), or fp16 costs one of their operations more than {ERROR_LIMIT:.0e} of its largest value.</p>"
         + _table(("module", "largest value measured", "error measured"), rows)
     )
+
+
+def _sensitive(components: Mapping[str, Any]) -> str:
+    rows = [
+        (f"{escape(name)}: {escape(one['layer'])}", f"{one['error']:.1e}")
+        for name, graph in components.items()
+        for one in graph["sensitive"]
+    ]
+    if not rows:
+        return ""
+    return (
+        f'<h2>Not in int8</h2><p class="soft">int8 would cost each of these layers more than {INT8_LIMIT:g} of its '
+        "output (root mean square, the worst call).</p>" + _table(("layer", "error measured"), rows)
+    )
+
+
+def _likeness(figures: Figures) -> str:
+    rows = [
+        (
+            escape(one["backend"]),
+            *(
+                "none" if one[score][which] is None else f"{one[score][which]:.{digits}f}"
+                for score, digits in (("psnr", 1), ("lpips", 3))
+                for which in ("mean", "worst", "bound")
+            ),
+        )
+        for one in figures.get("likeness", ())
+    ]
+    if not rows:
+        return ""
+    head = ("backend", "PSNR, dB", "worst", "at least", "LPIPS", "worst", "at most")
+    return '<h2>int8 against fp32</h2><p class="soft">Of the pictures below, on average.</p>' + _table(head, rows)
 
 
 def _rounding(figures: Figures) -> str:

@@ -39,6 +39,19 @@ class Island:
     error: float
 
 
+# What int8 may cost one layer, in the worst call: root mean square of its error over that of its output. Of the demo's
+# layers half lose less than 0.01 of the U-Net and 0.02 of the VAE decoder, one in twenty more than 0.045 (docs/cpu.md).
+INT8_LIMIT = 0.05
+
+
+@dataclass(frozen=True)
+class Sensitive:
+    """A layer that stays fp32 inside an int8 graph. error: what int8 would have cost it, past INT8_LIMIT."""
+
+    layer: str
+    error: float
+
+
 def find_islands(component: str, ranges: Ranges) -> tuple[Island, ...]:
     """The smallest modules that hold every operation past LIMIT or ERROR_LIMIT, and can be fp32 on their own.
 

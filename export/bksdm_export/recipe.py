@@ -17,15 +17,36 @@ from bksdm_export import bundle_files, graphs, report, to_onnx
 from bksdm_export.divergence import Divergence, first_divergence
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_space, resolve, whole_or_nothing
-from bksdm_export.graphs import DEPTHS, PRECISIONS
-from bksdm_export.precision import ERROR_LIMIT, Island, find_islands, round_to_fp16, store_fp16, to_half
+from bksdm_export.graphs import DEPTHS, IN_INT8, PRECISIONS
+from bksdm_export.likeness import Likeness
+from bksdm_export.precision import (
+    ERROR_LIMIT,
+    Island,
+    Sensitive,
+    find_islands,
+    round_to_fp16,
+    store_fp16,
+    to_half,
+)
 from bksdm_export.ranges import measure_ranges, with_own_size
-from bksdm_export.reference import Case, Picture, Reference, choose_sampler, draw, make_reference, plan, samples
+from bksdm_export.reference import (
+    KEPT,
+    KEPT_FOR_INT8,
+    Case,
+    Picture,
+    Reference,
+    choose_sampler,
+    draw,
+    make_reference,
+    plan,
+    samples,
+)
 from bksdm_export.report import GraphFacts
 from bksdm_export.verify import (
     TOLERANCES,
     Parity,
     compare_picture,
+    judge_pictures,
     reference_pixels,
     verify_component,
     verify_pictures,
@@ -99,14 +120,21 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
         checkpoint = load(request)
         check_space(target.parent, bundle_files.expected_bytes(checkpoint, storage))
         facts = graphs.model_facts(checkpoint)
-        pictures = plan(facts, request.depth, choose_sampler(checkpoint.scheduler_config))
+        pictures = plan(facts, request.depth, choose_sampler(checkpoint.scheduler_config), more=precision == "int8")
 
         unrounded = None
         if storage != precision:
             progress("PyTorch draws a picture before the weights are rounded to fp16")
             unrounded = draw(checkpoint, facts, pictures[0])
             _round(checkpoint)
-        reference = make_reference(checkpoint, facts, pictures, progress, features=request.step_cache)
+        reference = make_reference(
+            checkpoint,
+            facts,
+            pictures,
+            progress,
+            features=request.step_cache,
+            kept=KEPT_FOR_INT8 if precision == "int8" else KEPT,
+        )
 
         bundle_files.write_all_but_graphs(checkpoint, folder)
         verify_tokenizer(checkpoint.tokenizer, folder / bundles.TOKENIZER_FOLDER)
@@ -118,7 +146,7 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
 
         exported: dict[str, GraphFacts] = {}
         for name, component in components.items():
-            progress(f"{name}: PyTorch to ONNX")
+            progress(f"{name}: PyTorch to ONNX" + " and to int8" * (precision == "int8" and name in IN_INT8))
             path = folder / component.path
             cases = reference.cases[name]
             if precision == "fp16":  # whose ranges grow with the size
@@ -159,8 +187,8 @@ def export_graph(
 ) -> GraphFacts:
     """Write one component's graph. The module is used up: in fp16 its weights are turned in place.
 
-    cases: real inputs, in which an fp16 graph's islands are measured; kind: (precision, storage); shared: the U-Net's
-    graph, whose file of weights a shallow one reads too.
+    cases: real inputs, in which an fp16 graph's islands are measured and on which an int8 one is calibrated; kind:
+    (precision, storage); shared: the U-Net's graph, whose file of weights a shallow one reads too.
     """
     precision, storage = kind
     started = time.perf_counter()
@@ -169,11 +197,18 @@ def export_graph(
         islands = find_islands(name, measure_ranges(module, cases, ERROR_LIMIT))
         to_half(module, islands)
     model = to_onnx.to_onnx(to_onnx.to_exported_program(module, component), component)
-    if storage != precision:
+    sensitive: tuple[Sensitive, ...] = ()
+    if precision == "int8" and name in IN_INT8:
+        from bksdm_export.quantise import quantise  # NNCF: an extra of its own
+
+        exact = model
+        model, sensitive = quantise(name, exact, cases)
+        to_onnx.release(exact)
+    elif storage != precision:
         store_fp16(model)
     to_onnx.save(model, path, shared)
     seconds = time.perf_counter() - started
-    facts = GraphFacts(nodes=len(model.graph), bytes=to_onnx.weight_bytes(model), seconds=seconds, islands=islands)
+    facts = GraphFacts(len(model.graph), to_onnx.weight_bytes(model), seconds, islands, sensitive)
     to_onnx.release(model)
     return facts
 
@@ -211,7 +246,12 @@ def _compare(
     rounding = None
     if unrounded is not None:
         rounding = compare_picture(unrounded, reference_pixels(reference.pictures[0])).mean
-    return Parity(TOLERANCES[bundle.manifest.precision, bundle.manifest.storage], compared, pictures, rounding)
+    likenesses: tuple[Likeness, ...] = ()
+    if bundle.manifest.precision == "int8":
+        progress("judging the pictures by PSNR and LPIPS")
+        likenesses = judge_pictures(bundle, reference, pictures)
+    tolerance = TOLERANCES[bundle.manifest.precision, bundle.manifest.storage]
+    return Parity(tolerance, compared, pictures, rounding, likenesses)
 
 
 def _open(folder: Path) -> None:
@@ -228,6 +268,8 @@ def _where(request: ExportRequest, bundle: Bundle, reference: Reference, parity:
     A search that fails is said, and hides nothing: what is over its tolerance stands before it.
     """
     for name, compared in parity.components.items():
+        if bundle.manifest.precision == "int8" and name in IN_INT8:
+            continue  # every node differs
         accepted = parity.tolerance.components[name]
         wrong = [case for case, one in zip(reference.cases[name], compared, strict=True) if not one.error <= accepted]
         if wrong:

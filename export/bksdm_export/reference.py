@@ -72,6 +72,9 @@ SCHEDULERS: Mapping[str, Any] = {
 # Quick pictures are at most this large. At 512 px the attention of one guided evaluation takes gigabytes in ONNX
 # Runtime (tiny: 6.6 GB at the peak of its process, 2.7 GB near this size), more than an export may use.
 QUICK_SIDE = 320
+MORE_PROMPTS = ("a blue butterfly", "a slice of pizza", "a rocket in the sky", "a fox in the snow")
+# Evaluations of each picture that are kept, spread over its steps: to compare with, and to calibrate int8 on.
+KEPT, KEPT_FOR_INT8 = 3, 6
 
 
 def choose_sampler(config: Mapping[str, object], steps: int = 25) -> str:
@@ -87,11 +90,14 @@ def choose_sampler(config: Mapping[str, object], steps: int = 25) -> str:
     raise ExportError(f"the runtime cannot sample with the checkpoint's scheduler settings: {refused}")
 
 
-def plan(facts: ModelFacts, depth: str = "quick", sampler: str = "pndm") -> tuple[PictureRequest, ...]:
+def plan(
+    facts: ModelFacts, depth: str = "quick", sampler: str = "pndm", *, more: bool = False
+) -> tuple[PictureRequest, ...]:
     """The pictures that an export compares: a square one, and smaller ones off every grid, two of them at once.
 
     All at the model's own guidance but one, which is unguided. The small ones have odd numbers of latents in both
     directions, so that no level of the U-Net divides evenly.
+    more: four further square ones, for what is learnt from them (see quantise) or is judged by many.
     depth: "quick" stays within QUICK_SIDE and takes 4 steps, enough for PNDM's every branch (its last formula begins at
     the fifth evaluation), or 12 where the model is small; "full" takes 25 at the model's own size, and draws more.
     """
@@ -111,6 +117,10 @@ def plan(facts: ModelFacts, depth: str = "quick", sampler: str = "pndm") -> tupl
             PictureRequest("a green tractor in a field", 5, side, side, steps, guidance),
             PictureRequest("smiling face with sunglasses", 6, side, side, steps, guidance),
         ]
+    if more:
+        pictures += [
+            PictureRequest(prompt, seed, side, side, steps, guidance) for seed, prompt in enumerate(MORE_PROMPTS, 7)
+        ]
     return tuple(replace(picture, sampler=sampler) for picture in pictures)
 
 
@@ -121,10 +131,11 @@ def make_reference(
     progress: Callable[[str], None] = log.info,
     *,
     features: bool = False,
+    kept: int = KEPT,
 ) -> Reference:
     """Draw the pictures with diffusers' StableDiffusionPipeline in float32, and keep calls of every component.
 
-    features: also of the U-Net's deep features, and of the shallow one on them.
+    features: also of the U-Net's deep features, and of the shallow one on them. kept: evaluations of each picture.
     """
     latents: list[NDArray[np.float32]] = []
     unet_calls: list[Case] = []
@@ -135,7 +146,7 @@ def make_reference(
                 latents.append(_draw_latents(checkpoint, facts, request))
             unet_calls += [
                 Case(f"{_size(request)}, seed {request.seed}, evaluation {i + 1} of {len(calls)}", *calls[i])
-                for i in sorted({0, len(calls) // 2, len(calls) - 1})
+                for i in sorted({round(part * (len(calls) - 1)) for part in np.linspace(0, 1, kept)})
             ]
         progress("PyTorch decodes and encodes them")
         mixed = _call(wrap(checkpoint, "unet"), "batch of 3, each at its own timestep", _mixed_batch(unet_calls))

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bksdm_export.likeness import LPIPS_BOUND, PSNR_BOUND, Likeness
 from bksdm_export.page import Figures, page
-from bksdm_export.precision import Island
+from bksdm_export.precision import Island, Sensitive
 from bksdm_export.verify import ROUNDING, Parity
 from bksdm_runtime.bundle import Manifest
 
@@ -19,12 +20,16 @@ PARITY_HTML = "parity.html"
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """One exported graph. bytes: of its weights as stored; seconds: that its export took."""
+    """One exported graph. bytes: of its weights as stored; seconds: that its export took.
+
+    islands: modules kept fp32 in an fp16 graph; sensitive: layers kept fp32 in an int8 one.
+    """
 
     nodes: int
     bytes: int
     seconds: float
     islands: tuple[Island, ...] = ()
+    sensitive: tuple[Sensitive, ...] = ()
 
 
 def write(folder: Path, parity: Parity, exported: Mapping[str, GraphFacts], manifest: Manifest) -> dict[str, object]:
@@ -65,6 +70,8 @@ def summary(parity: Parity, exported: Mapping[str, GraphFacts]) -> Figures:
         "pictures": pictures,
         "picture_tolerance": parity.tolerance.picture,
     }
+    if parity.likenesses:
+        figures["likeness"] = [_likeness(one) for one in parity.likenesses]
     if parity.rounding is not None:
         figures["rounding"] = {"mean_difference": _finite(parity.rounding), "tolerance": ROUNDING}
     return figures
@@ -74,7 +81,7 @@ def brief(figures: Figures) -> Figures:
     """What bundle.json carries: the figures without single cases and requests."""
     return {
         "components": {
-            name: {key: graph[key] for key in ("error", "tolerance", "islands")}
+            name: {key: graph[key] for key in ("error", "tolerance", "islands", "sensitive")}
             for name, graph in figures["components"].items()
         },
         "pictures": {
@@ -82,8 +89,23 @@ def brief(figures: Figures) -> Figures:
             "mean_difference": max(one["mean_difference"] for one in figures["pictures"]),
             "tolerance": figures["picture_tolerance"],
         },
-        **{name: figures[name] for name in ("rounding",) if name in figures},
+        **{name: figures[name] for name in ("rounding", "likeness") if name in figures},
     }
+
+
+def _likeness(one: Likeness) -> Figures:
+    return {
+        "backend": one.backend,
+        "psnr": {"mean": _finite(_mean(one.psnr)), "worst": _finite(min(one.psnr)), "bound": PSNR_BOUND},
+        "lpips": {"mean": _finite(_mean(one.lpips)), "worst": _finite(max(one.lpips)), "bound": LPIPS_BOUND},
+        "pictures": [
+            {"psnr": _finite(psnr), "lpips": _finite(lpips)} for psnr, lpips in zip(one.psnr, one.lpips, strict=True)
+        ],
+    }
+
+
+def _mean(figures: tuple[float, ...]) -> float:
+    return sum(figures) / len(figures)
 
 
 def _finite(error: float) -> float | None:
@@ -116,6 +138,16 @@ def table(folder: Path) -> str:
         f"{count} pictures differ from PyTorch's by {mean:.3f}/255 on average at most "
         f"(accepted {figures['picture_tolerance']:g}/255)"
     )
+    for one in figures.get("likeness", ()):
+        psnr, lpips = one["psnr"], one["lpips"]
+        lines.append(
+            f"int8 on {one['backend']}: {psnr['mean']:.1f} dB PSNR on average (accepted {psnr['bound']:g} or more), "
+            f"worst {psnr['worst']:.1f}; {lpips['mean']:.3f} LPIPS (accepted {lpips['bound']:g} or less), "
+            f"worst {lpips['worst']:.3f}"
+        )
+    kept = {name: len(graph["sensitive"]) for name, graph in figures["components"].items() if graph["sensitive"]}
+    if kept:
+        lines.append("layers kept in fp32: " + ", ".join(f"{count} of {name}" for name, count in kept.items()))
     if rounding := figures.get("rounding"):
         lines.append(
             f"rounding the weights to fp16 changed PyTorch's own by {rounding['mean_difference']:.3f}/255 "

@@ -101,7 +101,7 @@ def clean(model: ir.Model, component: Component) -> ir.Model:
     the program's fx nodes.
     """
     _name_after_modules(model)
-    _strip(model)
+    strip(model)
     _open_axes(model, component)
     passes.CheckerPass()(model)
     return model
@@ -215,7 +215,7 @@ def _is_folded_weight(value: ir.Value) -> bool:
     return value.is_initializer() and (value.name or "").startswith("val_") and tensor is not None and tensor.size > 1
 
 
-def _strip(model: ir.Model) -> None:
+def strip(model: ir.Model) -> None:
     """Remove what describes the building machine (stack traces with paths), and inferred shapes.
 
     Readers infer shapes themselves. Those left from tracing carry the traced timestep's size and names of symbols that

@@ -91,7 +91,7 @@ _FOLDERS = {"unet_shallow": "unet"}
 def check_components(components: Mapping[str, Component], facts: ModelFacts, precision: str) -> None:
     """The graphs and the facts against the contract and one another. Raises JsonError.
 
-    precision: of the graphs' arithmetic, "fp32" or "fp16".
+    precision: of the graphs' arithmetic, "fp32", "fp16" or "int8".
     """
     if not facts.scaling_factor > 0:
         raise JsonError(f"model.scaling_factor must be positive, found {facts.scaling_factor}")
@@ -155,8 +155,8 @@ def _check_graph(name: str, component: Component, sizes: Mapping[str, int], prec
             spec = found[tensor]
             if spec.dtype not in dtypes:
                 raise JsonError(f"{where}: {tensor} must be {' or '.join(dtypes)}, found {spec.dtype}")
-            if spec.dtype == "float16" and precision == "fp32":
-                raise JsonError(f"{where}: {tensor} is float16 in a bundle of precision fp32")
+            if spec.dtype == "float16" and precision != "fp16":
+                raise JsonError(f"{where}: {tensor} is float16 in a bundle of precision {precision}")
             wanted = [sizes.get(axis, axis) for axis in axes.split()]
             fits = len(wanted) == len(spec.axes) and all(
                 isinstance(has, str) if isinstance(want, str) else has == want

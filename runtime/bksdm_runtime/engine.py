@@ -70,7 +70,10 @@ class Engine(Protocol):
 
     @property
     def arithmetic(self) -> str:
-        """What it multiplies and adds in: f32, bf16, or f16 where the graph itself is in half precision."""
+        """What it multiplies and adds in: f32, bf16, or f16 where the graph itself is in half precision.
+
+        In a bundle of precision int8, of all but the layers that are int8 in the graph.
+        """
         ...
 
     def __call__(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]: ...

@@ -12,7 +12,7 @@ from bksdm_runtime.strict_json import Fields, JsonError, parse_object
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 MAX_FILES = 10_000
 _MAX_FILE_BYTES = 1 << 50
 
@@ -41,7 +41,8 @@ class Licence:
 class Manifest:
     """The content of bundle.json.
 
-    precision: dtype of the graphs' arithmetic, fp32 or fp16; storage: dtype of the stored weights, fp32 or fp16.
+    precision: dtype of the graphs' arithmetic, fp32, fp16 or int8 (most layers of U-Net and VAE decoder, fp32 the
+    rest); storage: dtype of the stored weights, likewise.
     parity: what was compared with PyTorch, free-form; tools: name -> version of what made the bundle.
     """
 

@@ -83,8 +83,8 @@ class OrtEngine:
 def open_component(bundle: Bundle, component: str, settings: EngineSettings) -> OrtEngine:
     """Open one component of the bundle; the settings' backend is "onnxruntime" or "cuda". Raises EngineError."""
     backend = settings.backend
-    # It computes in what the graph is written in: it has no other arithmetic to choose.
-    arithmetic = {"fp32": "f32", "fp16": "f16"}[bundle.manifest.precision]
+    # It computes in what the graph is written in: it has no other arithmetic to choose. What is int8 stays so.
+    arithmetic = {"fp32": "f32", "fp16": "f16", "int8": "f32"}[bundle.manifest.precision]
     if settings.arithmetic not in ("auto", arithmetic):
         raise EngineError(
             f"backend {backend!r} computes this bundle in {arithmetic}, not in {settings.arithmetic}: "

@@ -1,0 +1,205 @@
+"""int8: what NNCF makes of a graph, what is measured of it, and what an export accepts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import openvino
+import pytest
+from numpy.typing import NDArray
+
+from bksdm_export import likeness, quantise
+from bksdm_export.cli import run
+from bksdm_export.errors import ExportError
+from bksdm_export.likeness import Likeness, judge
+from bksdm_export.precision import INT8_LIMIT
+from bksdm_export.recipe import ExportRequest, export_variant
+from bksdm_export.reference import Case
+from bksdm_runtime import bundle as bundles
+from bksdm_runtime.engine import EngineSettings
+from bksdm_runtime.pipeline import Pipeline
+from bksdm_runtime.request import Request
+
+
+def convolutions(*, planted: bool) -> ir.Model:
+    """Three convolutions [B, 8, h, w] -> the same, each with an activation behind it, and a last one to 4 channels.
+
+    planted: one channel that enters the second is 80 times as large as the others, and its weights leave that one out:
+    int8 keeps little of the others.
+    """
+    generator = np.random.default_rng(0)
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", 8, "height", "width"]))
+    initializers: list[ir.Value] = []
+    nodes: list[ir.Node] = []
+    value = x
+    for i, channels in enumerate((8, 8, 8, 4)):
+        weight = generator.standard_normal((channels, 8, 3, 3)).astype(np.float32) / 8
+        if planted and i == 0:
+            weight[3] *= 80
+        if planted and i == 1:
+            weight[:, 3] = 0
+        held = ir.Value(name=f"conv{i}.weight", const_value=ir.Tensor(weight))
+        initializers.append(held)
+        nodes.append(
+            ir.node("Conv", [value, held], {"pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}, name=f"conv{i}/Conv")
+        )
+        value = nodes[-1].outputs[0]
+        value.name = f"c{i}"
+        if i < 3:
+            nodes.append(ir.node("Tanh" if i else "LeakyRelu", [value], name=f"act{i}"))
+            value = nodes[-1].outputs[0]
+            value.name = f"a{i}"
+    value.name, value.type = "y", ir.TensorType(ir.DataType.FLOAT)
+    value.shape = ir.Shape(["batch", 4, "height", "width"])
+    graph = ir.Graph([x], [value], nodes=nodes, initializers=initializers, opset_imports={"": 18}, name="graph")
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    generator = np.random.default_rng(1)
+    return [Case(str(i), {"x": generator.standard_normal((2, 8, 9, 13)).astype(np.float32)}, {}) for i in range(4)]
+
+
+def on_ort(model: ir.Model, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, dict(inputs))[0]
+
+
+def on_openvino(model: ir.Model, inputs: Mapping[str, NDArray[Any]], path: Path) -> NDArray[np.float32]:
+    ir.save(model, path)
+    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    return openvino.Core().compile_model(str(path), "CPU", config)(dict(inputs))[0]
+
+
+def away(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.square(found - expected).sum() / np.square(expected).sum()))
+
+
+def test_int8_graph_is_close_on_both_backends(cases: list[Case], tmp_path: Path) -> None:
+    model = convolutions(planted=False)
+    made, left_out = quantise.quantise("vae_decoder", model, cases)
+    assert left_out == ()
+    assert sum(node.op_type == "QuantizeLinear" for node in made.graph) == 4
+    inputs = cases[0].inputs
+    expected = on_ort(model, inputs)
+    assert 1e-4 < away(on_ort(made, inputs), expected) < 0.06  # measured: 0.02
+    assert away(on_openvino(made, inputs, tmp_path / "int8.onnx"), expected) < 0.06
+
+
+def test_a_layer_that_int8_wrecks_stays_fp32(cases: list[Case]) -> None:
+    model = convolutions(planted=True)
+    made, left_out = quantise.quantise("vae_decoder", model, cases)
+    assert [one.layer for one in left_out] == ["conv1/Conv"]
+    assert left_out[0].error > INT8_LIMIT
+    by_name = {node.name: node for node in made.graph}
+    assert by_name["conv1/Conv"].inputs[0].producer().name == "act0"
+    weight = by_name["conv1/Conv"].inputs[1].const_value
+    assert weight is not None
+    assert np.array_equal(weight.numpy(), model.graph.initializers["conv1.weight"].const_value.numpy())
+    assert by_name["conv2/Conv"].inputs[0].producer().op_type == "DequantizeLinear"
+    inputs = cases[0].inputs
+    assert away(on_ort(made, inputs), on_ort(model, inputs)) < 0.06
+
+
+def test_measured_error_is_that_of_the_layer_alone(cases: list[Case]) -> None:
+    """Of the first layer: all that comes before it is exact, so its own output in the int8 graph says the same."""
+    model = convolutions(planted=False)
+    made, _ = quantise.quantise("vae_decoder", model, cases)
+    errors = quantise.measure(model, made, cases[:1])
+    assert set(errors) == {f"conv{i}/Conv" for i in range(4)}
+    outputs = []
+    for one in (model, made):
+        copy = ir.from_proto(ir.to_proto(one))
+        value = next(node for node in copy.graph if node.name == "conv0/Conv").outputs[0]
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", 8, "height", "width"])
+        copy.graph.outputs[:] = [value]
+        outputs.append(on_ort(copy, cases[0].inputs))
+    assert errors["conv0/Conv"] == pytest.approx(away(outputs[1], outputs[0]), rel=1e-3)
+
+
+def test_quantised_right_before_a_convolution_and_never_before_a_transpose(cases: list[Case]) -> None:
+    """OpenVINO 2026.4.1 computes a convolution wrongly whose input is quantised before a Reshape or Transpose."""
+    model = convolutions(planted=False)
+    graph = model.graph
+    conv = next(node for node in graph if node.name == "conv1/Conv")
+    turned = ir.node("Transpose", [conv.inputs[0]], {"perm": [0, 1, 3, 2]}, name="turn")
+    turned.outputs[0].name = "turned"
+    graph.insert_before(conv, turned)
+    conv.replace_input_with(0, turned.outputs[0])
+    made, _ = quantise.quantise("vae_decoder", model, cases)
+    by_name = {node.name: node for node in made.graph}
+    assert by_name["conv1/Conv"].inputs[0].producer().op_type == "DequantizeLinear"
+    assert by_name["turn"].inputs[0].producer().name == "act0"
+    assert away(on_ort(made, cases[0].inputs), on_ort(model, cases[0].inputs)) < 0.06
+
+
+def test_graphs_past_protobufs_limit_are_refused(cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantise, "MAX_BYTES", 1000)
+    with pytest.raises(ExportError, match=r"unet has 0\.0 GB of weights and int8 takes graphs up to"):
+        quantise.quantise("unet", convolutions(planted=False), cases)
+
+
+def test_likeness_is_psnr_and_lpips_and_a_lost_picture_fails() -> None:
+    generator = np.random.default_rng(0)
+    one = generator.integers(0, 250, (40, 56, 3)).astype(np.uint8)
+    same = judge("onnxruntime", [(one, one)])
+    assert same == Likeness("onnxruntime", (99.0,), (0.0,))
+    assert same.failures() == []
+    off = judge("onnxruntime", [(one + np.uint8(5), one)])
+    assert off.psnr[0] == pytest.approx(20 * np.log10(255 / 5))
+    lost = judge("openvino", [(None, one)]).failures()
+    assert len(lost) == 2
+    assert all(text.startswith("int8 pictures on openvino are too far from fp32's: ") for text in lost)
+
+
+@pytest.fixture(scope="module")
+def exported_int8(smallest_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The smallest model as an int8 bundle with a step cache, and its folder."""
+    output = tmp_path_factory.mktemp("int8") / "bundle"
+    export_variant(ExportRequest(output, weights=str(smallest_folder), precision="int8"))
+    return output, smallest_folder
+
+
+@pytest.mark.slow
+def test_an_int8_bundle_opens_and_says_what_it_is(exported_int8: tuple[Path, Path]) -> None:
+    folder, _ = exported_int8
+    bundle = bundles.load(folder)
+    assert (bundle.manifest.precision, bundle.manifest.storage) == ("int8", "int8")
+    figures = json.loads((folder / "parity.json").read_text())
+    assert [one["backend"] for one in figures["likeness"]] == ["onnxruntime", "openvino"]
+    for one in figures["likeness"]:
+        assert one["psnr"]["mean"] >= likeness.PSNR_BOUND
+        assert one["lpips"]["mean"] <= likeness.LPIPS_BOUND
+    assert "int8 against fp32" in (folder / "parity.html").read_text()
+    pipeline = Pipeline.open(bundle, EngineSettings(backend="onnxruntime", threads=1))
+    [pixels] = pipeline.draw([Request("a red apple", steps=2)])
+    assert pixels.shape == (64, 64, 3)
+
+
+@pytest.mark.slow
+def test_a_quantisation_that_is_too_coarse_fails_and_leaves_its_page_alone(
+    smallest_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(likeness, "PSNR_BOUND", 90.0)
+    with pytest.raises(ExportError, match=r"int8 pictures on onnxruntime are too far from fp32's: .* dB PSNR"):
+        export_variant(ExportRequest(tmp_path / "bundle", weights=str(smallest_folder), precision="int8"))
+    assert [one.name for one in tmp_path.iterdir()] == ["bundle.failed.html"]
+
+
+def test_a_missing_nncf_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    assert run(["--weights", "demo", "--precision", "int8", "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "bksdm-export: --precision int8 needs nncf: pip install 'bksdm[int8]'"
+    )
