@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from bksdm.variants import VARIANTS
-from bksdm_export.graphs import DEPTHS, PRECISIONS
+from bksdm_export.graphs import DEPTHS, PRECISIONS, STORAGES
 from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-export"
@@ -62,7 +62,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 )
 @click.option(
     "--storage",
-    type=click.Choice(PRECISIONS),
+    type=click.Choice(STORAGES),
     help="Of the weights on disk; fp16 halves an fp32 bundle.  [default: as --precision]",
 )
 @click.option("--step-cache", is_flag=True, help="Write what bksdm-run --cache-interval needs, too.")
