@@ -1,6 +1,6 @@
 # make run PROMPT="a red apple"    a picture from the demo model, torch-free
 # make test                        the development environment and every quick test
-# make check, slow, gpu-check, wheel-check, newest-check, demo: see each
+# make check, slow, gpu-check, wheel-check, newest-check, demo, demo-teacher: see each
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PROMPT ?= a red apple
 export OUTPUT ?= out/picture.png
@@ -10,7 +10,7 @@ DEV := .venv
 NEWEST := .venv-newest
 BIN := $(DEV)/bin
 
-.PHONY: run test check format lint types contracts slow gpu-check wheel-check newest-check demo clean
+.PHONY: run test check format lint types contracts slow gpu-check wheel-check newest-check demo demo-teacher clean
 
 run: $(RUN)/.ready
 	@mkdir -p "$$(dirname "$$OUTPUT")"
@@ -71,6 +71,13 @@ demo: $(DEV)/.ready           # train the demo model anew and put it in its two 
 	cp checkpoints/demo/README.md runs/demo/training.json runs/demo/*.png checkpoints/.demo/
 	rm -rf checkpoints/demo && mv checkpoints/.demo checkpoints/demo
 	$(BIN)/bksdm-export --weights demo --storage fp16 -o runtime/bksdm_runtime/demo --force
+
+demo-teacher: $(DEV)/.ready   # train the teacher of the demo's students anew, from the demo model: two hours of a CPU core
+	test -d data/emoji || $(BIN)/bksdm-train data -o data/emoji --sources fluent --groups animals-nature,food-drink
+	$(BIN)/bksdm-train teacher --data data/emoji -o runs/demo-teacher --preset family --init demo --unet-steps 4500 --threads 1
+	rm -rf checkpoints/.teacher && cp -r runs/demo-teacher/checkpoint checkpoints/.teacher
+	cp checkpoints/demo-teacher/README.md runs/demo-teacher/training.json runs/demo-teacher/*.png checkpoints/.teacher/
+	rm -rf checkpoints/demo-teacher && mv checkpoints/.teacher checkpoints/demo-teacher
 
 clean:
 	rm -rf $(RUN) $(DEV) $(NEWEST) dist build .pytest_cache .ruff_cache

@@ -10,7 +10,9 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 
-from bksdm import checkpoint
+from bksdm import checkpoint, digests
+from bksdm.block_removal import compress
+from bksdm.variants import VARIANTS
 from bksdm_evaluation.features import features, load_network
 from bksdm_evaluation.generate import generate
 from bksdm_evaluation.retrieval import read_dataset
@@ -19,6 +21,7 @@ from bksdm_runtime.engine import EngineSettings
 from bksdm_runtime.pipeline import Images, Pipeline, Request
 from bksdm_training import emoji
 
+STUDENTS = ("base", "small", "tiny")
 LIMIT = 40_000_000  # bytes, each
 
 
@@ -93,6 +96,29 @@ def test_the_checkpoint_comes_with_its_card():
     card = (checkpoint.demo_folder() / "README.md").read_text(encoding="utf-8")
     for said in ("bksdm-train teacher", "top-1", "Limits"):
         assert said in card
+
+
+TEACHER = Path(__file__).parents[1] / "checkpoints" / "demo-teacher"
+
+
+def test_the_teacher_can_be_cut_as_every_variant_and_shares_the_demos_autoencoder():
+    teacher, demo = checkpoint.load(str(TEACHER)), checkpoint.load("demo")
+    sizes = [sum(p.numel() for p in compress(teacher.unet, VARIANTS[name].removal).parameters()) for name in STUDENTS]
+    whole = sum(p.numel() for p in teacher.unet.parameters())
+    assert whole > sizes[0] > sizes[1] > sizes[2]
+    assert digests.of_parts(teacher)["vae"] == digests.of_parts(demo)["vae"]
+    assert "Microsoft Corporation" in teacher.licence.notice
+    assert "Miles Johnson" in teacher.licence.notice
+
+
+def test_the_teachers_recorded_scores_are_of_the_weights_that_ship_and_better_than_the_demos():
+    scores = json.loads((TEACHER / "scores.json").read_text())
+    assert scores["student"]["sha256"] == digests.of_parts(checkpoint.load(str(TEACHER)))
+    retrieval = json.loads((checkpoint.demo_folder() / "retrieval.json").read_text())
+    found = scores["splits"]["train"]
+    assert found["generated"] == retrieval["captions"] == 200
+    assert found["top1"] > retrieval["top1"]
+    assert found["top5"] > retrieval["top5"]
 
 
 @pytest.mark.parametrize("prompt", ["a red apple", "a purple giraffe on the moon"])
