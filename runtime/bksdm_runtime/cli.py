@@ -286,5 +286,11 @@ def _log_to_stderr(verbose: bool, context: click.Context) -> None:
     handler.setFormatter(logging.Formatter(f"{_PROGRAM}: %(message)s"))
     logger = logging.getLogger("bksdm_runtime")
     logger.addHandler(handler)
+    before = logger.level
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
-    context.call_on_close(lambda: logger.removeHandler(handler))
+
+    def undo() -> None:  # what calls the command in its own process keeps its logging
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+    context.call_on_close(undo)

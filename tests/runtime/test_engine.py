@@ -93,7 +93,7 @@ def test_auto_is_openvino_where_it_is_installed_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, installed: bool, expected: str, why: str
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="bksdm_runtime"):
         assert resolve_backend("auto") == expected
     assert caplog.messages == [f"backend auto: {expected}, because openvino is {why}installed"]
     assert set(BACKENDS) == {"openvino", "onnxruntime", "cuda"}
