@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import openvino
 import pytest
 from numpy.typing import NDArray
 
-from bksdm_export import likeness, quantise
+from bksdm_export import likeness
 from bksdm_export.cli import run
 from bksdm_export.errors import ExportError
 from bksdm_export.likeness import Likeness, judge
@@ -25,6 +24,11 @@ from bksdm_runtime import bundle as bundles
 from bksdm_runtime.engine import EngineSettings
 from bksdm_runtime.pipeline import Pipeline
 from bksdm_runtime.request import Request
+
+openvino = pytest.importorskip("openvino", reason="needs openvino: pip install 'bksdm[openvino]'")
+quantise = pytest.importorskip(
+    "bksdm_export.quantise", reason="needs NNCF: pip install 'bksdm[int8]'", exc_type=ImportError
+)
 
 
 def convolutions(*, planted: bool) -> ir.Model:
