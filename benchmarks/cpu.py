@@ -10,7 +10,7 @@ same weights in its own format, in an environment of its own with pinned package
 A round is a fresh process of each contender in turn, one at a time: no contender waits in memory or spins on a core
 while another is measured. A process draws its first picture (the cold start: from the process's start), then
 --pictures more (the warm figures). Ratios are within a round, the spread is over rounds. Peak memory is the process's
-largest resident set. Euler's method: every peer has it (stable-diffusion.cpp has no PNDM, GenAI no DPM-Solver++), and N
+largest resident set. Euler's method: every peer has it (stable-diffusion.cpp has no PNDM), and N
 steps are N evaluations everywhere. A contender that cannot be made or fails is a row with its reason.
 
 Writes all samples as JSON; with --write also docs/cpu-benchmark.md's tables and charts. Exit 1 where one of ours

@@ -21,12 +21,11 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from bksdm.perceptual import Lpips
+from bksdm_export.likeness import judge
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.engine import EngineSettings
 from bksdm_runtime.evaluations import plan_evaluations
@@ -80,8 +79,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     bundle = bundles.load(chosen.bundle)
     pipeline = Pipeline.open(bundle, EngineSettings(chosen.backend, threads=chosen.threads))
     captions = _captions(chosen.captions, chosen.count)
-    lpips = Lpips()
-    rows: dict[str, dict[str, list[float]]] = {name: {"psnr": [], "lpips": [], "ratio": []} for name in SHORTCUTS}
+    ratios: dict[str, list[float]] = {name: [] for name in SHORTCUTS}
     shown: dict[str, list[NDArray[np.uint8]]] = {"exact": [], **{name: [] for name in SHORTCUTS}}
     for seed, caption in enumerate(tqdm(captions, disable=None, desc="captions")):
         exact_request = Request(caption, seed=seed, steps=chosen.steps, sampler=chosen.sampler)
@@ -91,9 +89,8 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
             request = Request(caption, seed=seed, steps=chosen.steps, sampler=chosen.sampler, **saved)
             picture, shorter = _draw(pipeline, request)
             shown[name].append(picture)
-            rows[name]["psnr"].append(_psnr(picture, exact))
-            rows[name]["lpips"].append(_lpips(lpips, picture, exact))
-            rows[name]["ratio"].append(seconds / shorter)
+            ratios[name].append(seconds / shorter)
+    alike = {name: judge(pipeline.backend, list(zip(shown[name], shown["exact"], strict=True))) for name in SHORTCUTS}
     _grid({name: pictures[:SHOWN] for name, pictures in shown.items()}).save(chosen.grid)
     evaluations = len(make_schedule(bundle.scheduler_config, steps=chosen.steps, sampler=chosen.sampler).timesteps)
     return {
@@ -107,7 +104,15 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         "sampler": chosen.sampler,
         "guidance": bundle.manifest.model.guidance_scale,
         "size": [bundle.manifest.model.height, bundle.manifest.model.width],
-        "shortcuts": {name: {**rows[name], "halves": _halves(evaluations, saved)} for name, saved in SHORTCUTS.items()},
+        "shortcuts": {
+            name: {
+                "psnr": alike[name].psnr,
+                "lpips": alike[name].lpips,
+                "ratio": ratios[name],
+                "halves": _halves(evaluations, saved),
+            }
+            for name, saved in SHORTCUTS.items()
+        },
     }
 
 
@@ -153,18 +158,6 @@ def _halves(evaluations: int, saved: Mapping[str, Any]) -> float:
     """Share of whole single evaluations that remain, of two for each step."""
     planned = plan_evaluations(evaluations, guided=True, **saved)
     return sum(1 + one.guided for one in planned if one.full) / (2 * evaluations)
-
-
-def _psnr(found: NDArray[np.uint8], exact: NDArray[np.uint8]) -> float:
-    """dB on bytes; 99 for equal pictures."""
-    error = float(np.square(found.astype(np.float64) - exact).mean())
-    return 99.0 if error == 0 else min(99.0, 10 * np.log10(255**2 / error))
-
-
-def _lpips(lpips: Lpips, found: NDArray[np.uint8], exact: NDArray[np.uint8]) -> float:
-    one, other = (torch.from_numpy(p.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None] for p in (found, exact))
-    with torch.no_grad():
-        return float(lpips(one, other))
 
 
 def _grid(rows: Mapping[str, Sequence[NDArray[np.uint8]]]) -> Image.Image:

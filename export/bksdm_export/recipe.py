@@ -151,7 +151,7 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
             cases = reference.cases[name]
             if precision == "fp16":  # whose ranges grow with the size
                 cases = with_own_size(name, cases, facts)
-            shared = folder / components["unet"].path if request.step_cache else None
+            shared = folder / components["unet"].path if request.step_cache and name.startswith("unet") else None
             exported[name] = export_graph(path, name, modules.pop(name), component, cases, kind, shared)
             gc.collect()  # an exported program is a ring of references
 

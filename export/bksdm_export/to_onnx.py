@@ -114,7 +114,7 @@ def save(model: ir.Model, path: Path, shared: Path | None = None) -> None:
     there. Of `path` itself it means that others will do so.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if shared is not None and shared != path and shared.parent == path.parent:
+    if shared is not None and shared != path:
         _share(model, shared)
     elif shared == path or weight_bytes(model) > EXTERNAL_DATA_BYTES:
         ir.save(model, path, external_data=path.name + EXTERNAL_DATA_SUFFIX, size_threshold_bytes=1024)

@@ -194,11 +194,7 @@ def _unet(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
     latents = ["batch", LATENTS, "height", "width"]
     return _graph(
         nodes,
-        [
-            _tensor("sample", dtype, latents),
-            _tensor("timestep", dtype, ["batch"]),
-            _tensor("encoder_hidden_states", dtype, ["batch", TOKENS, CONTEXT]),
-        ],
+        _unet_inputs(dtype),
         [_tensor("out_sample", dtype, latents)],
         {
             "conv_in": weights.conv_in.astype(dtype),
@@ -212,6 +208,14 @@ def _unet(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
             "per_channel": np.array([-1, *size]),
         },
     )
+
+
+def _unet_inputs(dtype: str) -> list[onnx.ValueInfoProto]:
+    return [
+        _tensor("sample", dtype, ["batch", LATENTS, "height", "width"]),
+        _tensor("timestep", dtype, ["batch"]),
+        _tensor("encoder_hidden_states", dtype, ["batch", TOKENS, CONTEXT]),
+    ]
 
 
 def _unet_with_features(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
@@ -231,9 +235,7 @@ def _unet_shallow(weights: ToyWeights, dtype: str) -> onnx.GraphProto:
     return _graph(
         nodes,
         [
-            _tensor("sample", dtype, latents),
-            _tensor("timestep", dtype, ["batch"]),
-            _tensor("encoder_hidden_states", dtype, ["batch", TOKENS, CONTEXT]),
+            *_unet_inputs(dtype),
             _tensor("deep_features", dtype, ["batch", HIDDEN, "height", "width"]),
         ],
         [_tensor("out_sample", dtype, latents)],

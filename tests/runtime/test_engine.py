@@ -309,7 +309,9 @@ def test_threads_reach_the_session(bundle: Bundle, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process, which Linux does")
-def test_running_out_of_memory_is_one_sentence(toy_copy: Path, rewrite_manifest: Rewrite) -> None:
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_running_out_of_memory_is_one_sentence(toy_copy: Path, rewrite_manifest: Rewrite, backend: str) -> None:
+    pytest.importorskip(backend, reason="needs the extra of the backend")
     model = onnx.load(toy_copy / "vae_decoder" / "model.onnx")
     [scales] = [tensor for tensor in model.graph.initializer if tensor.name == "scales"]
     scales.CopyFrom(onnx.numpy_helper.from_array(np.array([1, 1, 65536, 65536], np.float32), "scales"))
@@ -320,7 +322,7 @@ def test_running_out_of_memory_is_one_sentence(toy_copy: Path, rewrite_manifest:
         import numpy as np
         from bksdm_runtime import bundle
         from bksdm_runtime.engine import EngineError, EngineSettings, open_engine
-        engine = open_engine(bundle.load({str(toy_copy)!r}), "vae_decoder", EngineSettings("onnxruntime", 1))
+        engine = open_engine(bundle.load({str(toy_copy)!r}), "vae_decoder", EngineSettings({backend!r}, 1))
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # the picture would need 48 GiB
         try:
             engine({{"latent_sample": np.zeros((1, 4, 1, 1), np.float32)}})
