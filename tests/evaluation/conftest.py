@@ -14,7 +14,8 @@ class Colours(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.projection = torch.randn(48, width, generator=torch.Generator().manual_seed(0)) / 48**0.5
+        projection = torch.randn(48, width, generator=torch.Generator().manual_seed(0)) / 48**0.5
+        self.register_buffer("projection", projection)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.projection

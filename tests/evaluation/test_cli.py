@@ -200,6 +200,8 @@ def test_a_trained_unet_is_laid_over_and_one_split_scored(run, mini_folder, buil
         ({"--grid": "gone/g.png"}, 2, "--grid"),
         ({"--guidance-scale": "0.5"}, 2, "0.5"),
         ({"--count": "2"}, 2, "2"),
+        ({"--device": "cuda:99"}, 2, "take cpu"),
+        ({"--device": "warp"}, 2, "take cpu"),
     ],
 )
 def test_what_a_student_cannot_be_scored_with_is_said_before_the_work(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bksdm import checkpoint, digests
 from bksdm.unet import count_macs, count_params
-from bksdm_evaluation import student, torch_pipeline
+from bksdm_evaluation import devices, student, torch_pipeline
 from bksdm_evaluation.retrieval import ScoreError
 from bksdm_evaluation.student import (
     NOTE,
@@ -149,9 +149,30 @@ def test_distances_are_pair_by_pair_whatever_the_batch(monkeypatch):
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 256, (2, 5, 8, 8, 3)).astype(np.uint8)
     monkeypatch.setattr(student, "_LPIPS_BATCH", 2)
-    found = perceptual_distances(lambda x, y: (x - y).square().mean((1, 2, 3)), a, b)
+
+    class Distance(torch.nn.Module):
+        def forward(self, x, y):
+            return (x - y).square().mean((1, 2, 3))
+
+    found = perceptual_distances(Distance(), a, b)
     expected = ((a / 127.5 - b / 127.5) ** 2).mean((1, 2, 3))
     np.testing.assert_allclose(found, expected, rtol=1e-6)  # measured 2e-7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none")
+@pytest.mark.usefixtures("no_packages")
+def test_cuda_has_the_scores_of_a_cpu(build_mini, data):
+    split, found = read_split(data, "train", 64, 6), []
+    for name in ("cpu", "cuda"):
+        device = devices.pick(name)
+        teacher, other = build_mini(seed=0), build_mini(seed=1)
+        for model in (teacher, other):
+            devices.move(model, device)
+        found.append(score(other, teacher, split, DRAWING, load_networks(device), silent))
+    np.testing.assert_allclose(found[1].lpips, found[0].lpips, rtol=0.02)
+    assert abs(found[1].fid / found[0].fid - 1) < 0.02
+    assert (found[1].top1, found[1].top5) == (found[0].top1, found[0].top5)
 
 
 @pytest.mark.slow

@@ -95,7 +95,8 @@ def test_int8_graph_is_close_on_both_backends(cases: list[Case], tmp_path: Path)
     assert sum(node.op_type == "QuantizeLinear" for node in made.graph) == 4
     inputs = cases[0].inputs
     expected = on_ort(model, inputs)
-    assert 1e-4 < away(on_ort(made, inputs), expected) < 0.06  # measured: 0.02
+    assert 1e-4 < away(on_ort(made, inputs), expected) < 0.06  # measured: 0.028
+    # Equal without VNNI too, where the full range of weights saturates (0.099, measured).
     assert away(on_openvino(made, inputs, tmp_path / "int8.onnx"), expected) < 0.06
 
 

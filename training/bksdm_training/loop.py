@@ -250,8 +250,9 @@ def _check(folder: Path, state: checkpointing.State, model: nn.Module, facts: Ma
 
 @torch.no_grad()
 def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
-    for key, value in module.state_dict().items():
-        if value.is_floating_point():
-            average[key].lerp_(value, 1 - decay)
-        else:
-            average[key].copy_(value)
+    """All floating-point tensors in one call: one by one, a GPU spends longer on starting than on averaging them."""
+    now = module.state_dict()
+    floats = [key for key, value in now.items() if value.is_floating_point()]
+    torch._foreach_lerp_([average[key] for key in floats], [now[key] for key in floats], 1 - decay)
+    for key in now.keys() - set(floats):
+        average[key].copy_(now[key])
