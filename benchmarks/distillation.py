@@ -115,7 +115,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
     def score(checkpoint: str, name: str) -> bool:
         grid = [f"--grid={scores / name}.png", f"--teacher-cache={chosen.output / 'teacher'}"]
-        options = [*teacher, f"--data={chosen.data}", f"--count={chosen.count}", "--batch-size=40", *threads, *grid]
+        options = [*teacher, f"--data={chosen.data}", f"--count={chosen.count}", "--batch-size=100", *threads, *grid]
         return _call("evaluation", "student", checkpoint, *options, f"--output={scores / name}.json")
 
     failed = not _call(

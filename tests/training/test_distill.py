@@ -297,6 +297,7 @@ def test_bf16_trains_float32_weights(teacher, mini_data, tmp_path):
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_a_run_on_cuda_ends_in_a_checkpoint_and_goes_on(teacher, mini_data, tmp_path, precision, recomputed):
     for steps in (4, 6):
+        AcceleratorState._reset_state(reset_partial_state=True)  # the teacher was trained on the CPU
         config = replace(_with(steps=steps), shown=2, gradient_checkpointing=recomputed, workers=1)
         folder = _run(teacher, mini_data / "train", tmp_path, config, "tiny", Accelerator(mixed_precision=precision))
     assert [row["step"] for row in _log(tmp_path)] == list(range(1, 7))
@@ -309,6 +310,7 @@ def test_a_run_on_cuda_ends_in_a_checkpoint_and_goes_on(teacher, mini_data, tmp_
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none")
 def test_cuda_has_the_losses_of_a_cpu(teacher, mini_data, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
     _run(teacher, mini_data / "train", tmp_path / "cuda", accelerator=Accelerator())
     AcceleratorState._reset_state(reset_partial_state=True)
     _run(teacher, mini_data / "train", tmp_path / "cpu")

@@ -64,6 +64,9 @@ def run(
     not always the batch size. on_step(step): called in every process after a step, and may raise to end the run.
     Progress on stderr: a bar on a terminal, elsewhere a line at every checkpoint.
     Raises DivergedError, checkpointing.ResumeError."""
+    # cuDNN's attention, torch 2.11's first choice on Hopper, gave NaN gradients in bf16 (one batch in four of the demo
+    # teacher, H100; flash, memory-efficient and plain attention gave none).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     optimizer = torch.optim.AdamW(
         _groups(module, rates or {}),
         lr=0.0,
