@@ -5,6 +5,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PROMPT ?= a red apple
 export OUTPUT ?= out/picture.png
 SLOW ?= tests
+# Tests side by side, a file in one process; each takes one core and up to 3 GB.
+JOBS ?= 2
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
 RUN := .venv-run
 DEV := .venv
 NEWEST := .venv-newest
@@ -17,7 +20,7 @@ run: $(RUN)/.ready
 	@$(RUN)/bin/bksdm-run -o "$$OUTPUT" -- "$$PROMPT"
 
 test: $(DEV)/.ready
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu"
 
 check: format lint types contracts test
 
@@ -43,7 +46,7 @@ wheel-check: $(DEV)/.ready    # what a user installs: the wheel with one extra, 
 	DEV="$(DEV)" bash .ci/wheel-check
 
 newest-check: $(NEWEST)/.ready   # the newest diffusers and transformers, which exclude Optimum
-	$(NEWEST)/bin/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu"
 
 # The runtime's environment: numpy, pillow, tokenizers, onnxruntime; no torch.
 $(RUN)/.ready: pyproject.toml constraints.txt
@@ -61,7 +64,7 @@ $(DEV)/.ready: pyproject.toml constraints.txt
 $(NEWEST)/.ready: pyproject.toml constraints-newest.txt
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet $$(grep '^torch==' constraints-newest.txt)
-	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[export,training,evaluation]" pytest hypothesis scipy
+	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[export,training,evaluation]" pytest pytest-xdist hypothesis scipy
 	@touch $@
 
 demo: $(DEV)/.ready           # train the demo model anew and put it in its two places: two hours of a CPU core

@@ -4,8 +4,10 @@
     python benchmarks/distillation.py table -o runs/distillation
 
 `run` trains and scores whatever is not scored yet, seed by seed, each as a process of its own; killed, it goes on. It
-writes all scores to docs/distillation.json. `table` puts them into docs/distillation.md. A GPU is used where there is
-one; models as small as these leave it idle most of the time, so --jobs 8 trains several students at once on it.
+adds its scores to docs/distillation.json. `table` puts them into docs/distillation.md. Seeds may be run apart, on other
+machines and days: with --first-seed, the same teacher and the same settings they come into the same table. A GPU is
+used where there is one; models as small as these leave it idle most of the time, so --jobs 8 trains several students at
+once on it.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--teacher", required=True, help="checkpoint")
     run.add_argument("--data", type=Path, required=True, help="folder with train/ and unseen/")
     run.add_argument("--steps", type=int, default=2000)
-    run.add_argument("--seeds", type=int, default=3)
+    run.add_argument("--seeds", type=int, default=3, help="how many")
+    run.add_argument("--first-seed", type=int, default=0)
     run.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     run.add_argument("--count", type=int, default=200, help="training captions that are drawn")
     run.add_argument("--threads", type=int)
@@ -107,7 +110,8 @@ def _run(chosen: argparse.Namespace) -> int:
     threads = [] if chosen.threads is None else [f"--threads={chosen.threads}"]
     scores: Path = chosen.output / "scores"
     scores.mkdir(parents=True, exist_ok=True)
-    if refusal := _another_run(chosen):
+    settings = _settings(chosen)
+    if refusal := _another_run(chosen.output, settings):
         print(refusal, file=sys.stderr)
         return 1
     cached = chosen.output / "cache"
@@ -157,32 +161,36 @@ def _run(chosen: argparse.Namespace) -> int:
         submitted = [pool.submit(score_teacher)]
         submitted += [
             pool.submit(student, seed, variant, arm)
-            for seed in range(chosen.seeds)
+            for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds)
             for variant in chosen.variants
             for arm in ARMS
         ]
     for one in submitted:
         one.result()  # raises what it raised
-    collect(chosen.output)
+    collect(chosen.output, settings)
     return 1 if failed else 0
 
 
-def _another_run(chosen: argparse.Namespace) -> str | None:
-    """Scores of other settings or another teacher must not come into the same table."""
+def _settings(chosen: argparse.Namespace) -> dict[str, Any]:
+    """What all scores of one table have in common."""
     weights = Path(chosen.teacher) / "unet" / "diffusion_pytorch_model.safetensors"
-    now = {
+    return {
         "steps": chosen.steps,
         "count": chosen.count,
         "settings": list(SETTINGS),
         "teacher": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else chosen.teacher,
     }
-    path: Path = chosen.output / "benchmark.json"
+
+
+def _another_run(output: Path, now: Mapping[str, Any]) -> str | None:
+    """Scores of other settings or another teacher must not come into the same table."""
+    path = output / "benchmark.json"
     if not path.is_file():
         path.write_text(json.dumps(now, indent=1) + "\n")
         return None
     then = json.loads(path.read_text())
     others = [key for key in now if then.get(key) != now[key]]
-    return f"{chosen.output} holds runs with other {' and '.join(others)}: choose another --output" if others else None
+    return f"{output} holds runs with other {' and '.join(others)}: choose another --output" if others else None
 
 
 def name_of(variant: str, arm: str, seed: int) -> str:
@@ -190,16 +198,21 @@ def name_of(variant: str, arm: str, seed: int) -> str:
     return f"{variant}-{arm.replace(' ', '-')}-{seed}"
 
 
-def collect(output: Path) -> None:
-    """All scores there are, with how their runs were trained, as one file."""
+def collect(output: Path, settings: Mapping[str, Any]) -> None:
+    """All scores there are, with how their runs were trained, as one file: beside those of the same settings that it
+    had, instead of any others."""
     found: dict[str, Any] = {}
+    if SCORES.is_file():
+        earlier = json.loads(SCORES.read_text())
+        found = earlier if earlier.get("benchmark") == settings else {}
+    found["benchmark"] = settings
     for path in sorted((output / "scores").glob("*.json")):
         found[path.stem] = json.loads(path.read_text())
         training = output / path.stem / "training.json"
         if training.is_file():
             found[path.stem]["training"] = json.loads(training.read_text())
     staging = SCORES.with_name(f".{SCORES.name}")
-    staging.write_text(json.dumps(found, indent=1) + "\n")
+    staging.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
     staging.replace(SCORES)
 
 

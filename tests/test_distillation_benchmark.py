@@ -71,7 +71,8 @@ def test_every_arm_differs_from_distillation_in_one_thing(benchmark: dict[str, A
         assert others == [{"--output-weight=0", "--feature-weight=0"}, {"--start=random"}]
     assert not list((tmp_path / "runs").rglob("states"))
     written = json.loads((tmp_path / "scores.json").read_text())
-    assert len(written) == 10
+    assert len(written) == 11
+    assert written["benchmark"]["steps"] == 8
     assert written["tiny-random-start-0"]["training"] == {"seconds": 7}
 
 
@@ -92,6 +93,20 @@ def test_other_settings_in_the_same_folder_are_refused(
     assert benchmark["main"](_arguments(tmp_path)) == 0
     assert benchmark["main"]([*_arguments(tmp_path), "--steps", "9"]) == 1
     assert "holds runs with other steps: choose another --output" in capsys.readouterr().err
+
+
+def test_seeds_of_another_day_come_into_the_same_table_and_other_settings_do_not(
+    benchmark: dict[str, Any], tmp_path: Path
+) -> None:
+    benchmark["main"].__globals__["_call"] = Calls()
+    assert benchmark["main"](_arguments(tmp_path)) == 0
+    other = ["run", "--teacher", "T", "--data", "D", "-o", str(tmp_path / "other"), "--seeds", "2", "--first-seed", "1"]
+    assert benchmark["main"]([*other, "--steps", "8", "--jobs", "3"]) == 0
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert {name[-1] for name in written if name.startswith("tiny-distilled")} == {"0", "1", "2"}
+    assert len(written) == 29
+    assert benchmark["main"]([*other[:-4], "-o", str(tmp_path / "anew"), "--seeds", "1", "--steps", "9"]) == 0
+    assert len(json.loads((tmp_path / "scores.json").read_text())) == 11
 
 
 def test_the_tables_show_means_spreads_and_wins(benchmark: dict[str, Any]) -> None:

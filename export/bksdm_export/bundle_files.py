@@ -49,7 +49,8 @@ def expected_bytes(checkpoint: Checkpoint, storage: str) -> int:
     """About what a bundle will take on disk, rather more than less. storage: of the weights, as in the manifest."""
     parts = (checkpoint.text_encoder, checkpoint.unet, checkpoint.vae)
     parameters = sum(parameter.numel() for part in parts for parameter in part.parameters())
-    # int8 counts as two bytes: text encoder and VAE encoder stay fp32, and so do layers that int8 harms (demo: 2.1)
+    # int8 counts as two bytes: of int8 arithmetic text encoder and VAE encoder stay fp32, and so do layers that int8
+    # harms (demo: 2.1)
     # A tenth for what stays fp32 among fp16 weights; and what is no weight: 4.1 MB in the demo's bundle, mostly the
     # tokenizer; more of pictures where they are large.
     return int(parameters * {"fp32": 4, "fp16": 2, "int8": 2}[storage] * 1.1) + 16_000_000

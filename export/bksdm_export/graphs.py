@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 PRECISIONS = ("fp32", "fp16", "int8")
-STORAGES = ("fp32", "fp16")  # that may be asked for; int8 arithmetic brings its own
+STORAGES = ("fp32", "fp16", "int8")  # of fp32 arithmetic; the others bring their own
 # What int8 changes: the text encoder runs once for a picture, the VAE encoder for some pictures alone.
 IN_INT8 = ("unet", "unet_shallow", "vae_decoder")
 DEPTHS = ("quick", "full")  # of the verification; see reference.plan

@@ -157,8 +157,8 @@ def _rounding(figures: Figures) -> str:
     if not (rounding := figures.get("rounding")):
         return ""
     return (
-        " PyTorch's weights were rounded to fp16 as the graphs' are; that alone changed its own first picture by "
-        f"{rounding['mean_difference']:.3f}/255 on average (accepted {rounding['tolerance']:g}/255)."
+        f" PyTorch's weights were rounded to {rounding['storage']} as the graphs' are; that alone changed its own "
+        f"first picture by {rounding['mean_difference']:.3f}/255 on average (accepted {rounding['tolerance']:g}/255)."
     )
 
 

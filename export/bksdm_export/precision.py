@@ -1,4 +1,4 @@
-"""Arithmetic and storage in half precision: what may be fp16, and what must stay fp32 because a measurement says so.
+"""Arithmetic in half precision: what may be fp16, and what must stay fp32 because a measurement says so.
 
 The fp16 graph is the export of the module in half precision, not a conversion of the fp32 graph: torch then decides
 each dtype as it does on a GPU (timestep embeddings in fp32, a mask that stays finite), and the graph is strongly typed,
@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 import torch
 
 from bksdm_export.errors import ExportError
@@ -122,48 +120,6 @@ def _cast_inputs(module: torch.nn.Module, dtype: torch.dtype) -> None:
     module.register_forward_pre_hook(
         lambda _module, args, kwargs: (_cast(args, dtype, axes=2), _cast(kwargs, dtype, axes=2)), with_kwargs=True
     )
-
-
-def store_fp16(model: ir.Model) -> None:
-    """Store an fp32 graph's weights as fp16, each with a Cast to fp32 behind it; the arithmetic does not change.
-
-    Runtimes fold the casts when they load the graph. Vectors (biases, norms: a thousandth of the bytes) stay as they
-    are, and so does every constant that is no weight of the checkpoint: the frequencies of the timestep embedding,
-    rounded, turn its phase by half a radian at timestep 1000 (measured: twice the error of all weights together).
-    """
-    graph = model.graph
-    casts: list[ir.Node] = []
-    for value in list(graph.initializers.values()):
-        tensor = value.const_value
-        is_weight = (value.name or "").endswith((".weight", ".weight_transposed"))
-        if not is_weight or tensor is None or tensor.dtype != ir.DataType.FLOAT or _is_vector(tensor.shape.numpy()):
-            continue
-        weights = tensor.numpy()
-        if np.abs(weights).max(initial=0) > FP16_MAX:
-            continue
-        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{value.name}/Cast")
-        cast.outputs[0].name = f"{value.name}/fp32"
-        for user, index in list(value.uses()):
-            if user is not cast:
-                user.replace_input_with(index, cast.outputs[0])
-        value.const_value = ir.Tensor(weights.astype(np.float16), name=value.name)
-        value.dtype = ir.DataType.FLOAT16
-        casts.append(cast)
-    if casts:
-        graph.insert_before(graph[0], casts)
-
-
-@torch.no_grad()
-def round_to_fp16(module: torch.nn.Module) -> None:
-    """Round in place the weights that `store_fp16` stores as fp16; what PyTorch then gives is what its graph should."""
-    for name, weight in module.named_parameters():
-        if name.endswith(".weight") and not _is_vector(weight.shape) and weight.abs().max() <= FP16_MAX:
-            weight.copy_(weight.half())
-
-
-def _is_vector(shape: Iterable[int]) -> bool:
-    """Also a norm's [C, 1, 1]."""
-    return sum(int(axis) > 1 for axis in shape) < 2
 
 
 def _cast(value: Any, dtype: torch.dtype, axes: int = 0) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from bksdm import checkpoint as checkpoints
 from bksdm import lora
 from bksdm.checkpoint import Checkpoint
-from bksdm_export import bundle_files, graphs, report, to_onnx
+from bksdm_export import bundle_files, graphs, memory, report, to_onnx
 from bksdm_export.divergence import Divergence, first_divergence
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_space, resolve, whole_or_nothing
@@ -24,8 +23,6 @@ from bksdm_export.precision import (
     Island,
     Sensitive,
     find_islands,
-    round_to_fp16,
-    store_fp16,
     to_half,
 )
 from bksdm_export.ranges import measure_ranges, with_own_size
@@ -42,9 +39,11 @@ from bksdm_export.reference import (
     samples,
 )
 from bksdm_export.report import GraphFacts
+from bksdm_export.storage import round_weights, store
 from bksdm_export.verify import (
     TOLERANCES,
     Parity,
+    Rounding,
     compare_picture,
     judge_pictures,
     reference_pixels,
@@ -124,9 +123,9 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
 
         unrounded = None
         if storage != precision:
-            progress("PyTorch draws a picture before the weights are rounded to fp16")
+            progress(f"PyTorch draws a picture before the weights are rounded to {storage}")
             unrounded = draw(checkpoint, facts, pictures[0])
-            _round(checkpoint)
+            _round(checkpoint, storage)
         reference = make_reference(
             checkpoint,
             facts,
@@ -153,7 +152,7 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
                 cases = with_own_size(name, cases, facts)
             shared = folder / components["unet"].path if request.step_cache and name.startswith("unet") else None
             exported[name] = export_graph(path, name, modules.pop(name), component, cases, kind, shared)
-            gc.collect()  # an exported program is a ring of references
+            memory.give_back()  # an exported program is a ring of references
 
         unproven = bundle_files.manifest(
             variant, source, licence, facts, components, tools, precision=precision, storage=storage
@@ -205,7 +204,7 @@ def export_graph(
         model, sensitive = quantise(name, exact, cases)
         to_onnx.release(exact)
     elif storage != precision:
-        store_fp16(model)
+        store(model, storage)
     to_onnx.save(model, path, shared)
     seconds = time.perf_counter() - started
     facts = GraphFacts(len(model.graph), to_onnx.weight_bytes(model), seconds, islands, sensitive)
@@ -228,9 +227,9 @@ def load(request: ExportRequest) -> Checkpoint:
     return whole
 
 
-def _round(checkpoint: Checkpoint) -> None:
+def _round(checkpoint: Checkpoint, storage: str) -> None:
     for model in (checkpoint.text_encoder, checkpoint.unet, checkpoint.vae):
-        round_to_fp16(model)
+        round_weights(model, storage)
 
 
 def _compare(
@@ -241,11 +240,13 @@ def _compare(
     for name, cases in reference.cases.items():
         progress(f"{name}: comparing with PyTorch ({len(cases)} cases)")
         compared[name] = verify_component(bundle, name, cases)
+        memory.give_back()
     progress(f"drawing {len(reference.pictures)} pictures with the exported graphs")
     pictures = verify_pictures(bundle, reference)
     rounding = None
     if unrounded is not None:
-        rounding = compare_picture(unrounded, reference_pixels(reference.pictures[0])).mean
+        mean = compare_picture(unrounded, reference_pixels(reference.pictures[0])).mean
+        rounding = Rounding(bundle.manifest.storage, mean)
     likenesses: tuple[Likeness, ...] = ()
     if bundle.manifest.precision == "int8":
         progress("judging the pictures by PSNR and LPIPS")
@@ -285,7 +286,7 @@ def _where(request: ExportRequest, bundle: Bundle, reference: Reference, parity:
 def _search(request: ExportRequest, bundle: Bundle, name: str, case: Case, accepted: float) -> Divergence | None:
     checkpoint = load(request)
     if bundle.manifest.storage != bundle.manifest.precision:
-        _round(checkpoint)
+        _round(checkpoint, bundle.manifest.storage)
     component = graphs.components(bundle.manifest.model, "fp32", deep=graphs.deep_channels(checkpoint))[name]
     module = wrap(checkpoint, name, features=request.step_cache)
     for one in samples(case):  # one at a time: the traced program takes a single timestep

@@ -73,7 +73,11 @@ def summary(parity: Parity, exported: Mapping[str, GraphFacts]) -> Figures:
     if parity.likenesses:
         figures["likeness"] = [_likeness(one) for one in parity.likenesses]
     if parity.rounding is not None:
-        figures["rounding"] = {"mean_difference": _finite(parity.rounding), "tolerance": ROUNDING}
+        figures["rounding"] = {
+            "storage": parity.rounding.storage,
+            "mean_difference": _finite(parity.rounding.mean),
+            "tolerance": ROUNDING,
+        }
     return figures
 
 
@@ -150,7 +154,7 @@ def table(folder: Path) -> str:
         lines.append("layers kept in fp32: " + ", ".join(f"{count} of {name}" for name, count in kept.items()))
     if rounding := figures.get("rounding"):
         lines.append(
-            f"rounding the weights to fp16 changed PyTorch's own by {rounding['mean_difference']:.3f}/255 "
-            f"(accepted {rounding['tolerance']:g}/255)"
+            f"rounding the weights to {rounding['storage']} changed PyTorch's own by "
+            f"{rounding['mean_difference']:.3f}/255 (accepted {rounding['tolerance']:g}/255)"
         )
     return "\n".join(lines)

@@ -16,10 +16,11 @@ from bksdm import checkpoint as checkpoints
 from bksdm.checkpoint import Checkpoint
 from bksdm_export import graphs, precision, to_onnx
 from bksdm_export.errors import ExportError
-from bksdm_export.precision import ERROR_LIMIT, Island, find_islands, store_fp16, to_half
+from bksdm_export.precision import ERROR_LIMIT, Island, find_islands, to_half
 from bksdm_export.ranges import FP16_MAX, Ranges, measure_ranges
 from bksdm_export.recipe import ExportRequest, export_variant
 from bksdm_export.reference import Case, Reference
+from bksdm_export.storage import store
 from bksdm_export.verify import ORT, TOLERANCES
 from bksdm_export.wrappers import wrap
 from bksdm_runtime import bundle as bundles
@@ -397,7 +398,7 @@ def test_weights_past_the_range_of_fp16_are_stored_in_fp32(
     checkpoint = overflowing(build_smallest(), factor=1e7)
     spec = graphs.components(graphs.model_facts(checkpoint), "fp32")["vae_decoder"]
     model = to_onnx.to_onnx(to_onnx.to_exported_program(wrap(checkpoint, "vae_decoder"), spec), spec)
-    store_fp16(model)
+    store(model, "fp16")
     to_onnx.save(model, tmp_path / "model.onnx")
     stored = {tensor.name: tensor.data_type for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
     assert stored["decoder.mid_block.resnets.0.conv1.weight"] == onnx.TensorProto.FLOAT

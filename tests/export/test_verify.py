@@ -17,6 +17,7 @@ from bksdm_export.verify import (
     TOLERANCES,
     Comparison,
     Parity,
+    Rounding,
     Tolerance,
     compare,
     compare_picture,
@@ -87,12 +88,12 @@ def test_a_reference_that_is_not_finite_is_nothing_to_be_equal_to() -> None:
 
 
 def test_rounding_that_changes_the_picture_fails() -> None:
-    assert Parity(TOLERANCE, {}, (), rounding=0.03).failures() == []
-    assert Parity(TOLERANCE, {}, (), rounding=3.5).failures() == [
-        "weights rounded to fp16 change PyTorch's own picture by 3.50/255 on average (accepted 3/255): "
-        "store them as fp32"
+    assert Parity(TOLERANCE, {}, (), rounding=Rounding("fp16", 0.03)).failures() == []
+    assert Parity(TOLERANCE, {}, (), rounding=Rounding("int8", 3.5)).failures() == [
+        "weights rounded to int8 change PyTorch's own picture by 3.50/255 on average (accepted 3/255): "
+        "store them as fp16"
     ]
-    assert Parity(TOLERANCE, {}, (), rounding=math.nan).failures()
+    assert Parity(TOLERANCE, {}, (), rounding=Rounding("fp16", math.nan)).failures()
 
 
 def test_the_runtimes_tokenizer_is_the_checkpoints(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ def open_component(bundle: Bundle, component: str, settings: EngineSettings) -> 
     chosen = [(provider, _PROVIDER_OPTIONS[backend])]
     try:
         session = cast(
-            _Session, _library.InferenceSession(str(path), sess_options=_session_options(used), providers=chosen)
+            _Session,
+            _library.InferenceSession(str(path), sess_options=_session_options(used, bundle), providers=chosen),
         )
     except Exception as error:  # the library's own exceptions share no base class
         raise EngineError(f"{component}: ONNX Runtime cannot open {path}: {_first_line(error)}") from error
@@ -136,7 +137,7 @@ def _preload_cuda() -> None:
         log.info("%s", said.getvalue().strip())
 
 
-def _session_options(threads: int) -> Any:
+def _session_options(threads: int, bundle: Bundle) -> Any:
     options = _library.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graphs are chains: there is nothing to run side by side
@@ -144,6 +145,9 @@ def _session_options(threads: int) -> Any:
     # holds 5.9 GB, without it 3.7 GB in the same time (docs/cpu.md).
     options.enable_mem_pattern = False
     options.log_severity_level = _LOG_FATAL_ONLY
+    if bundle.manifest.storage == "int8" and bundle.manifest.precision == "fp32":
+        # Only then are int8 weights made fp32 once, as the graph is loaded, and not at each call.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
 
