@@ -8,6 +8,9 @@ SLOW ?= tests
 # Tests side by side, a file in one process; each takes one core and up to 3 GB.
 JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
+# What touches diffusers or transformers; the runtime imports neither, and of the export its graphs are enough.
+NEWEST_TESTS ?= tests/bksdm tests/evaluation tests/training $(addprefix tests/export/test_,reference.py to_onnx.py \
+	storage.py wrappers.py)
 RUN := .venv-run
 DEV := .venv
 NEWEST := .venv-newest
@@ -46,7 +49,7 @@ wheel-check: $(DEV)/.ready    # what a user installs: the wheel with one extra, 
 	DEV="$(DEV)" bash .ci/wheel-check
 
 newest-check: $(NEWEST)/.ready   # the newest diffusers and transformers, which exclude Optimum
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu" $(NEWEST_TESTS)
 
 # The runtime's environment: numpy, pillow, tokenizers, onnxruntime; no torch.
 $(RUN)/.ready: pyproject.toml constraints.txt
