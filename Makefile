@@ -9,8 +9,8 @@ SLOW ?= tests
 JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
 # What touches diffusers or transformers; the runtime imports neither, and of the export its graphs are enough.
-NEWEST_TESTS ?= tests/bksdm tests/evaluation tests/training $(addprefix tests/export/test_,reference.py to_onnx.py \
-	storage.py wrappers.py)
+NEWEST_TESTS ?= tests/bksdm tests/evaluation tests/training $(addprefix tests/export/test_,reference.py storage.py \
+	wrappers.py)
 RUN := .venv-run
 DEV := .venv
 NEWEST := .venv-newest
