@@ -5,7 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PROMPT ?= a red apple
 export OUTPUT ?= out/picture.png
 SLOW ?= tests
-# Tests side by side, a file in one process; each takes one core and up to 3 GB.
+# Tests side by side, a file in one process; each takes one core and 1.5 GB.
 JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
 # What touches diffusers or transformers; the runtime imports neither, and of the export its graphs are enough.

@@ -62,8 +62,7 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
 
 
 # What rounding the stored weights may change in PyTorch's own picture, mean difference in steps of 1/255: below what an
-# eye sees. Measured: fp16 0.03 on the mini, 0 on the demo, whose weights are fp16's already; int8 0.49 on
-# the demo.
+# eye sees. Measured: fp16 0.03 on the mini, 0 on the demo, whose weights are fp16's already; int8 0.49 on the demo.
 ROUNDING = 3.0
 
 

@@ -170,7 +170,7 @@ def test_cuda_has_the_scores_of_a_cpu(build_mini, data):
         for model in (teacher, other):
             devices.move(model, device)
         found.append(score(other, teacher, split, DRAWING, load_networks(device), silent))
-    np.testing.assert_allclose(found[1].lpips, found[0].lpips, rtol=0.02)
+    np.testing.assert_allclose(found[1].lpips, found[0].lpips, rtol=0.02)  # not run yet
     assert abs(found[1].fid / found[0].fid - 1) < 0.02
     assert (found[1].top1, found[1].top5) == (found[0].top1, found[0].top5)
 

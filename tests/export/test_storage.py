@@ -100,7 +100,7 @@ def test_int8_storage_is_as_exact_as_fp32_and_quarters_the_graphs(exported: Call
             len(tensor.raw_data) for path in folder.rglob("model.onnx") for tensor in onnx.load(path).graph.initializer
         )
 
-    assert weights(small) < 0.32 * weights(single)  # vectors stay; the mini has more of them than a model of full size
+    assert weights(small) < 0.32 * weights(single)  # a quarter, and the vectors
 
 
 def test_onnx_runtime_makes_fp32_of_them_once_as_it_loads(

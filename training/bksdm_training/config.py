@@ -108,7 +108,7 @@ PRESETS = {
         crop=128,
         vae=LoopConfig(steps=20_000, batch_size=64, learning_rate=6e-4, ema_decay=0.999, bf16=True),
         unet=LoopConfig(
-            steps=40_000, batch_size=128, learning_rate=6e-4, ema_decay=0.999, checkpoint_every=1000, bf16=True
+            steps=40_000, batch_size=128, learning_rate=6e-4, ema_decay=0.9995, checkpoint_every=1000, bf16=True
         ),
     ),
 }
