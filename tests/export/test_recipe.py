@@ -180,7 +180,7 @@ def test_rounded_weights_are_compared_with_the_same_rounded_weights(exported: Ca
         ({"precision": "fp16", "storage": "fp32"}, "fp16 stored as fp32 is not written: choose from fp32 stored as"),
         ({"precision": "int3"}, "there is no precision 'int3': choose from fp32, fp16, int8"),
         ({"storage": "int3"}, "there is no storage 'int3': choose from fp32, fp16, int8"),
-        ({"storage": "int8"}, "fp32 stored as int8 is not written: choose from fp32 stored as"),
+        ({"precision": "fp16", "storage": "int8"}, "fp16 stored as int8 is not written: choose from fp32 stored as"),
         ({"storage": ""}, "there is no storage ''"),
         ({"depth": "deep"}, "there is no verification depth 'deep': choose from quick, full"),
     ],
