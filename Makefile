@@ -70,17 +70,22 @@ $(NEWEST)/.ready: pyproject.toml constraints-newest.txt
 	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[export,training,evaluation]" pytest pytest-xdist hypothesis scipy
 	@touch $@
 
-demo: $(DEV)/.ready           # train the demo model anew and put it in its two places: two hours of a CPU core
+demo: $(DEV)/.ready           # distil the demo, its teacher's small student, anew and put it in its two places
 	test -d data/emoji || $(BIN)/bksdm-train data -o data/emoji --sources fluent --groups animals-nature,food-drink
-	$(BIN)/bksdm-train teacher --data data/emoji -o runs/demo --preset cpu --threads 1
+	$(BIN)/bksdm-train cache --teacher checkpoints/demo-teacher --data data/emoji/train -o runs/demo-cache --no-flip
+	$(BIN)/bksdm-train distill --variant small --teacher checkpoints/demo-teacher --data runs/demo-cache -o runs/demo \
+		--steps 1500 --batch-size 64 --learning-rate 4e-4 --warmup 100 --decay-share 0.25 --ema-decay 0.999 \
+		--snr-gamma 5 --caption-dropout 0.1 --no-flip --seed 7 --checkpoint-every 250
 	rm -rf checkpoints/.demo && cp -r runs/demo/checkpoint checkpoints/.demo
 	cp checkpoints/demo/README.md runs/demo/training.json runs/demo/*.png checkpoints/.demo/
 	rm -rf checkpoints/demo && mv checkpoints/.demo checkpoints/demo
 	$(BIN)/bksdm-export --weights demo --storage fp16 -o runtime/bksdm_runtime/demo --force
 
-demo-teacher: $(DEV)/.ready   # train the teacher of the demo's students anew, from the demo model: two hours of a CPU core
+demo-teacher: $(DEV)/.ready   # train the demo's teacher anew, in the two runs that made it: four hours of a CPU core
 	test -d data/emoji || $(BIN)/bksdm-train data -o data/emoji --sources fluent --groups animals-nature,food-drink
-	$(BIN)/bksdm-train teacher --data data/emoji -o runs/demo-teacher --preset family --init demo --unet-steps 4500 --threads 1
+	$(BIN)/bksdm-train teacher --data data/emoji -o runs/demo-first --preset cpu --threads 1
+	$(BIN)/bksdm-train teacher --data data/emoji -o runs/demo-teacher --preset family --init runs/demo-first/checkpoint \
+		--unet-steps 4500 --threads 1
 	rm -rf checkpoints/.teacher && cp -r runs/demo-teacher/checkpoint checkpoints/.teacher
 	cp checkpoints/demo-teacher/README.md runs/demo-teacher/training.json runs/demo-teacher/*.png checkpoints/.teacher/
 	rm -rf checkpoints/demo-teacher && mv checkpoints/.teacher checkpoints/demo-teacher

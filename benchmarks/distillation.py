@@ -6,7 +6,7 @@
 `run` trains and scores whatever is not scored yet, seed by seed, each as a process of its own; killed, it goes on. It
 adds its scores to docs/distillation.json. `table` puts them into docs/distillation.md. Seeds may be run apart, on other
 machines and days: with --first-seed, the same teacher and the same settings they come into the same table. A GPU is
-used where there is one; --jobs trains several students at once on it (not run yet on a GPU).
+used where there is one; --jobs trains several students at once on it (an H100 took 14 side by side under CUDA's MPS).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ TEACHERS = tuple(name for name, row in VARIANTS.items() if not row.teacher)
 @click.option(
     "--teacher",
     metavar="CHECKPOINT",
-    help=f"A diffusers folder, a .safetensors file, demo, random, or a model on the Hub: {', '.join(TEACHERS)}. "
+    help=f"A diffusers folder, a .safetensors file, random, or a model on the Hub: {', '.join(TEACHERS)}. "
     "Default: the variant's own teacher, from the Hub.",
 )
 @click.option(

@@ -13,6 +13,7 @@ from bksdm.errors import CheckpointError
 OPENRAIL_M = "CreativeML OpenRAIL-M"
 OPENRAIL_PLUS_PLUS_M = "CreativeML OpenRAIL++-M"
 UNKNOWN = "unknown"
+UNNAMED = "see the notice"
 
 _PUBLISHED = {
     OPENRAIL_M: "creativeml-openrail-m.txt",
@@ -107,13 +108,15 @@ def _of_model_card(path: Path) -> Licence | None:
 
 
 def joined(first: Licence, second: Licence) -> Licence:
-    """Of weights that both apply to: every name once, and both notices, the one that holds the other alone."""
+    """Of weights that both apply to: every name once, and both notices, the one that holds the other alone.
+
+    A notice without a name of its own goes by that of one which holds it."""
     names = " and ".join(dict.fromkeys([*first.name.split(" and "), *second.name.split(" and ")]))
     ours, theirs = first.notice.strip(), second.notice.strip()
     if theirs in ours:
-        return Licence(names, first.notice)
+        return Licence(first.name if second.name == UNNAMED else names, first.notice)
     if ours in theirs:
-        return Licence(names, second.notice)
+        return Licence(second.name if first.name == UNNAMED else names, second.notice)
     return Licence(names, f"{ours}\n\n{'-' * 80}\n\n{theirs}\n")
 
 

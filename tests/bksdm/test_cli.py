@@ -20,6 +20,8 @@ from bksdm.checkpoint import Checkpoint
 from bksdm.cli import main
 from bksdm.variants import SMALL, TINY
 
+TEACHER = Path(__file__).parents[2] / "checkpoints" / "demo-teacher"
+
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -163,10 +165,10 @@ def test_damaged_weights_end_in_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_demo_is_compressed_and_its_student_opens_in_diffusers_pipeline(tmp_path: Path) -> None:
-    result = run("--teacher", "demo", "--variant", "small", "-o", tmp_path / "student")
+def test_the_demos_teacher_is_compressed_and_its_student_opens_in_diffusers_pipeline(tmp_path: Path) -> None:
+    result = run("--teacher", TEACHER, "--variant", "small", "-o", tmp_path / "student")
     assert result.exit_code == 0, result.output
-    demo = checkpoint.load("demo")
+    demo = checkpoint.load(str(TEACHER))
     student = checkpoint.load(str(tmp_path / "student"))
     assert (student.guidance_scale, student.licence.name) == (demo.guidance_scale, demo.licence.name)
     assert student.licence.notice.endswith(demo.licence.notice)

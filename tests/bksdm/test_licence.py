@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from bksdm import checkpoint, licence
 from bksdm.checkpoint import Licence
 from bksdm.cli import main
-from bksdm.licence import OPENRAIL_M, OPENRAIL_PLUS_PLUS_M, joined, published
+from bksdm.licence import OPENRAIL_M, OPENRAIL_PLUS_PLUS_M, UNNAMED, joined, published
 
 
 def own_terms(folder: Path) -> None:
@@ -136,3 +136,9 @@ def test_joined_licences_keep_every_name_once_and_both_texts() -> None:
 def test_a_text_that_holds_the_other_stands_alone() -> None:
     long, short = Licence("MIT", "One.\n\nTwo.\n"), Licence("MIT", "Two.\n")
     assert joined(long, short) == joined(short, long) == long
+
+
+def test_a_text_without_a_name_goes_by_that_of_the_one_that_holds_it() -> None:
+    named, bare = Licence("MIT", "Changed.\n\nTwo.\n"), Licence(UNNAMED, "Two.\n")
+    assert joined(named, bare) == joined(bare, named) == named
+    assert joined(named, Licence(UNNAMED, "Three.\n")).name == f"MIT and {UNNAMED}"

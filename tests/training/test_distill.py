@@ -401,8 +401,9 @@ def test_two_processes_have_the_losses_of_one(trained, mini_data, tmp_path, micr
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, of its imports and of looking at gradients
-def test_compiled_blocks_have_the_losses_of_plain_ones(teacher, mini_data, tmp_path):
-    config = replace(_with(checkpoint_every=4), gradient_checkpointing=True)
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_compiled_blocks_have_the_losses_of_plain_ones(teacher, mini_data, gradient_checkpointing, tmp_path):
+    config = replace(_with(checkpoint_every=4), gradient_checkpointing=gradient_checkpointing)
     _run(teacher, mini_data / "train", tmp_path / "plain", config, "tiny")
     compiled = replace(config, compiled=True)
     _run(checkpoint_copy(teacher), mini_data / "train", tmp_path / "compiled", compiled, "tiny")

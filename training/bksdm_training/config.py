@@ -77,8 +77,8 @@ class TeacherConfig:
     # without this the contexts of "a red apple" and "a green apple" were 0.97 alike after 60 epochs.
     embedding_rate: float = 10.0
     snr_gamma: float = 5.0  # bound of the loss weight, see denoiser.loss_weights
-    # What the finished model is to be sampled with. The demo, top-1 of 200 training captions: 52.5 % at 1, 67.5 % at
-    # 1.5, 69.0 % at 2 and 3, 28.5 % at 7.5.
+    # What the finished model is to be sampled with. One of the preset "cpu", top-1 of 200 training captions: 52.5 % at
+    # 1, 67.5 % at 1.5, 69.0 % at 2 and 3, 28.5 % at 7.5.
     guidance_scale: float = 2.0
     vae: LoopConfig = field(
         default_factory=lambda: LoopConfig(
@@ -93,11 +93,11 @@ class TeacherConfig:
 
 
 PRESETS = {
-    # The demo that ships, 17.4 M parameters. One CPU core: 5,500 steps of the autoencoder in 25 minutes, 7,000 of the
-    # denoiser in 78, measured. Its innermost stages differ in width: base and small can be cut from it, tiny cannot.
+    # 17.4 M parameters. One CPU core: 5,500 steps of the autoencoder in 25 minutes, 7,000 of the denoiser in 78,
+    # measured. Its innermost stages differ in width: base and small can be cut from it, tiny cannot.
     "cpu": TeacherConfig(unet_channels=(32, 96, 128, 160)),
-    # A teacher for the whole family, on one CPU core. The one that ships (checkpoints/demo-teacher) went on from the
-    # demo for 4,500 steps instead of beginning anew.
+    # A teacher for the whole family, on one CPU core. The one that ships (checkpoints/demo-teacher) went on from one of
+    # the preset above for 4,500 steps instead of beginning anew.
     "family": TeacherConfig(
         unet=LoopConfig(steps=12_000, batch_size=16, learning_rate=8e-4, fused=True),
     ),
@@ -172,7 +172,7 @@ class DistillConfig(RunConfig):
     """One distillation. The defaults are those of BK-SDM's published run (its repository; paper, section 4.1).
 
     start: "teacher" copies the weights that block removal keeps, "random" draws new ones. compiled: repeated blocks of
-    both U-Nets through torch.compile."""
+    both U-Nets through torch.compile; with gradient checkpointing the teacher's alone."""
 
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(

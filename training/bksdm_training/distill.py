@@ -49,8 +49,11 @@ def distill(
         student.unet.enable_gradient_checkpointing()
     guide = Tapped(frozen(teacher.unet, device, dtype), [tap.teacher for tap in pairs])
     if config.compiled:
-        for unet in (student.unet, guide.unet):
-            compile_blocks(unet)
+        compile_blocks(guide.unet)
+        # A compiled block that is run again for its gradient may be another compilation than the one that ran first,
+        # which keeps other tensors: torch refuses it (seen on an H100, torch 2.11, fp16).
+        if not config.gradient_checkpointing:
+            compile_blocks(student.unet)
     prepare = Inputs(teacher, device)
     example_weights = None
     if config.weights.snr_gamma is not None:

@@ -55,7 +55,12 @@ V2_BATCH = 128  # of the published v2 run; v1: DistillConfig's own
     help="Bound of the weights of timesteps, as in min-SNR.  [default: all weigh alike]",
 )
 @click.option("--flip/--no-flip", default=True, help="Mirror half of the pictures.")
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile of the repeated blocks.")
+@click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="torch.compile of the repeated blocks; with gradient checkpointing the teacher's alone.",
+)
 @click.option("--checkpoint-every", type=click.IntRange(1), default=5000, help="Steps.")
 @of_the_run
 def distill(variant: str, folder: Path, output: Path, batch_size: int | None, size: int | None, **options: Any) -> None:

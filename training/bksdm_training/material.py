@@ -78,4 +78,4 @@ def _drawing(teacher: Checkpoint, config: RunConfig, seed: int | None = None) ->
 
 
 def _terms(notice: str | None) -> Licence | None:
-    return None if notice is None else Licence("see the notice", notice)
+    return None if notice is None else Licence(licence.UNNAMED, notice)

@@ -52,7 +52,7 @@ of_the_teacher = with_options(
     click.option(
         "--teacher",
         metavar="CHECKPOINT",
-        help="A diffusers folder, a .safetensors file, demo, or random.  [default: its own, from the Hub]",
+        help="A diffusers folder, a .safetensors file, or random.  [default: its own, from the Hub]",
     ),
     click.option(
         "--teacher-variant",

@@ -127,7 +127,7 @@ def _describe(data: Path) -> tuple[object, Licence]:
         names = sorted({source["licence"].split(",")[0] for source in about.get("sources", ())})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error}): remove it or make the folder again") from error
-    return about, Licence(" and ".join(names) or "see the notice", notice)
+    return about, Licence(" and ".join(names) or licence.UNNAMED, notice)
 
 
 def _files(data: Path, splits: Mapping[str, Pictures], terms: Licence) -> dict[str, str]:
