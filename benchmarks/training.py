@@ -37,7 +37,8 @@ SIDES = ("published", "ours")
 TARGETS = {"cpu": 1.3, "cuda": 1.5}  # times the published loop's pictures per second
 # By the precision of the run and of the cache: largest relative difference over all steps of a term of the loss, and of
 # the gradient's norm before it is clipped. Measured in seven steps of the demo's small student: 4e-7 and 4e-6; 1e-4 and
-# 2e-3; 7e-3 and 0.17, which is rounding: there the norm is only shown. fp16, 512 px of tiny, batch 64 on an H100: 1e-3 and 8e-4.
+# 2e-3; 7e-3 and 0.17, which is rounding: there the norm is only shown. fp16, of tiny at 512 px and batch 64 on an H100:
+# 1e-3 and 8e-4.
 LIMITS = {
     ("fp32", "fp32"): (4e-6, 4e-5),
     ("fp32", "fp16"): (5e-4, 1e-2),
