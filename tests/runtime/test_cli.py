@@ -445,7 +445,12 @@ def test_the_module_runs_as_the_command(toy_bundle: Path) -> None:
 
 def test_ctrl_c_ends_with_130_and_nothing_half_written(toy_bundle: Path) -> None:
     many = ("--steps", 500, "--count", 10_000, "--batch-size", 1, "--threads", 1)
-    process = spawn("a", "--bundle", toy_bundle, *many, "-o", "out/{index}.png")
+    # A shell starts what it puts into the background deaf to Ctrl-C, and processes inherit that: these tests' too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = spawn("a", "--bundle", toy_bundle, *many, "-o", "out/{index}.png")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert process.stdout.readline() == "out/0.png\n"  # it is in the middle of its work
     time.sleep(0.1)
