@@ -1,29 +1,30 @@
 # make run PROMPT="a red apple"    a picture from the demo model, torch-free
 # make test                        the development environment and every quick test
-# make check, slow, gpu-check, wheel-check, newest-check, demo, demo-teacher: see each
+# make check, slow, exhaustive, gpu-check, wheel-check, newest-check, demo, demo-teacher: see each
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PROMPT ?= a red apple
 export OUTPUT ?= out/picture.png
 SLOW ?= tests
-# Tests side by side, a file in one process; each takes one core and 1.5 GB.
+# Tests side by side, a file in one process; each takes one core and 1.5 GB, of the slow ones up to 6 GB.
 JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
-# What touches diffusers or transformers; the runtime imports neither, and of the export its graphs are enough.
-NEWEST_TESTS ?= tests/bksdm tests/evaluation tests/training $(addprefix tests/export/test_,reference.py storage.py \
-	wrappers.py)
+QUICK := not slow and not exhaustive and not gpu
+# What touches diffusers or transformers; the runtime imports neither, and of the export one whole run is enough.
+NEWEST_TESTS ?= tests/bksdm tests/evaluation tests/training $(addprefix tests/export/test_,reference.py wrappers.py \
+	cli.py::test_an_export_prints_a_table_and_the_path)
 RUN := .venv-run
 DEV := .venv
 NEWEST := .venv-newest
 BIN := $(DEV)/bin
 
-.PHONY: run test check format lint types contracts slow gpu-check wheel-check newest-check demo demo-teacher clean
+.PHONY: run test check format lint types contracts slow exhaustive gpu-check wheel-check newest-check demo demo-teacher clean
 
 run: $(RUN)/.ready
 	@mkdir -p "$$(dirname "$$OUTPUT")"
 	@$(RUN)/bin/bksdm-run -o "$$OUTPUT" -- "$$PROMPT"
 
 test: $(DEV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "$(QUICK)"
 
 check: format lint types contracts test
 
@@ -40,7 +41,10 @@ contracts: $(DEV)/.ready
 	$(BIN)/lint-imports
 
 slow: $(DEV)/.ready           # full-size graphs, kills, whole trainings: minutes and gigabytes
-	$(BIN)/python -m pytest -m slow $(SLOW)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m slow $(SLOW)
+
+exhaustive: $(DEV)/.ready     # every size and variant of what `slow` has a few of
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m exhaustive
 
 gpu-check: $(DEV)/.ready      # what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
@@ -49,7 +53,7 @@ wheel-check: $(DEV)/.ready    # what a user installs: the wheel with one extra, 
 	DEV="$(DEV)" bash .ci/wheel-check
 
 newest-check: $(NEWEST)/.ready   # the newest diffusers and transformers, which exclude Optimum
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu" $(NEWEST_TESTS)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(SIDE_BY_SIDE) -m "$(QUICK)" $(NEWEST_TESTS)
 
 # The runtime's environment: numpy, pillow, tokenizers, onnxruntime; no torch.
 $(RUN)/.ready: pyproject.toml constraints.txt
@@ -77,9 +81,12 @@ demo: $(DEV)/.ready           # distil the demo, its teacher's small student, an
 		--steps 1500 --batch-size 64 --learning-rate 4e-4 --warmup 100 --decay-share 0.25 --ema-decay 0.999 \
 		--snr-gamma 5 --caption-dropout 0.1 --no-flip --seed 7 --checkpoint-every 250
 	rm -rf checkpoints/.demo && cp -r runs/demo/checkpoint checkpoints/.demo
-	cp checkpoints/demo/README.md runs/demo/training.json runs/demo/*.png checkpoints/.demo/
+	cp checkpoints/demo/README.md runs/demo/training.json runs/demo/loss.png checkpoints/.demo/
 	rm -rf checkpoints/demo && mv checkpoints/.demo checkpoints/demo
 	$(BIN)/bksdm-export --weights demo --storage fp16 -o runtime/bksdm_runtime/demo --force
+	$(BIN)/bksdm-eval retrieval --data data/emoji/train -o checkpoints/demo/retrieval.json
+	$(BIN)/bksdm-eval student checkpoints/demo --teacher checkpoints/demo-teacher --data data/emoji \
+		--grid checkpoints/demo/samples.png -o checkpoints/demo/scores.json
 
 demo-teacher: $(DEV)/.ready   # train the demo's teacher anew, in the two runs that made it: four hours of a CPU core
 	test -d data/emoji || $(BIN)/bksdm-train data -o data/emoji --sources fluent --groups animals-nature,food-drink
@@ -89,6 +96,8 @@ demo-teacher: $(DEV)/.ready   # train the demo's teacher anew, in the two runs t
 	rm -rf checkpoints/.teacher && cp -r runs/demo-teacher/checkpoint checkpoints/.teacher
 	cp checkpoints/demo-teacher/README.md runs/demo-teacher/training.json runs/demo-teacher/*.png checkpoints/.teacher/
 	rm -rf checkpoints/demo-teacher && mv checkpoints/.teacher checkpoints/demo-teacher
+	$(BIN)/bksdm-eval student checkpoints/demo-teacher --teacher checkpoints/demo-teacher --data data/emoji \
+		-o checkpoints/demo-teacher/scores.json
 
 clean:
 	rm -rf $(RUN) $(DEV) $(NEWEST) dist build .pytest_cache .ruff_cache

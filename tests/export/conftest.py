@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from filelock import FileLock
 
 from bksdm import checkpoint as checkpoints
 from bksdm.checkpoint import Checkpoint
@@ -58,13 +60,19 @@ def mini_reference(mini_checkpoint: Checkpoint) -> reference.Reference:
 
 @pytest.fixture(scope="session")
 def exported(mini_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """exported(precision="fp32", storage=None): the mini as a verified bundle; each is made once. Read-only."""
-    folder = tmp_path_factory.mktemp("bundles")
+    """exported(precision="fp32", storage=None): the mini as a verified bundle. Read-only.
+
+    Each is made once for all processes of a test run.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "bundles"
+    folder.mkdir(exist_ok=True)
 
     def export(precision: str = "fp32", storage: str | None = None) -> Path:
         output = folder / f"{precision}-{storage or precision}"
-        if not output.exists():
-            export_variant(ExportRequest(output, weights=str(mini_folder), precision=precision, storage=storage))
+        with FileLock(f"{output}.lock"):
+            if not output.exists():
+                export_variant(ExportRequest(output, weights=str(mini_folder), precision=precision, storage=storage))
         return output
 
     return export

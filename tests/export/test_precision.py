@@ -258,7 +258,7 @@ def test_the_mini_needs_no_island(exported: Callable[..., Path]) -> None:
 # Pixels; the U-Net and the decoder run at every one of them, in fp16.
 @pytest.mark.parametrize(
     ("height", "width"),
-    [(64, 64), (72, 104), (128, 128), (256, 200), (1024, 64), pytest.param(512, 512, marks=pytest.mark.slow)],
+    [(64, 64), (72, 104), (128, 128), (256, 200), (1024, 64), pytest.param(512, 512, marks=pytest.mark.exhaustive)],
 )
 def test_fp16_is_finite_and_near_fp32_at_every_size(
     exported: Callable[..., Path], mini_reference: Reference, height: int, width: int
@@ -276,8 +276,13 @@ def test_fp16_is_finite_and_near_fp32_at_every_size(
     near(open_engine(single, "vae_encoder", ORT)(image), open_engine(half, "vae_encoder", ORT)(image))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("side", range(64, 1088, 64))
+@pytest.mark.parametrize(
+    "side",
+    [
+        pytest.param(side, marks=pytest.mark.slow if side in (64, 320, 512, 1024) else pytest.mark.exhaustive)
+        for side in range(64, 1088, 64)
+    ],
+)
 def test_fp16_is_finite_from_64_to_1024_px(one_head: dict[tuple[str, str], Path], side: int) -> None:
     """With one head: eight of them at 1024 px are 17 GB of attention weights."""
     generator = np.random.default_rng(side)

@@ -326,8 +326,10 @@ def test_an_exported_component_is_freed(build_smallest: Callable[..., Checkpoint
     assert [weight for weight in weights if weight() is not None] == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["tiny", "sd-v1.4"])
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param("tiny", marks=pytest.mark.slow), pytest.param("sd-v1.4", marks=pytest.mark.exhaustive)],
+)
 def test_full_size_exports_within_its_memory(variant: str, tmp_path: Path) -> None:
     """2.2 times the weights in fp32: a checkpoint that loads can be exported."""
     figures = tmp_path / "figures.json"

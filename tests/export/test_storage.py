@@ -136,7 +136,8 @@ def test_openvino_reads_them_alike(exported: Callable[..., Path]) -> None:
         open_engine(bundle, "unet", EngineSettings(backend=backend, arithmetic="f32"))(inputs)["out_sample"]
         for backend in ("onnxruntime", "openvino")
     )
-    assert np.abs(ours - theirs).max() < 2e-5 * np.abs(ours).max()
+    # Measured: 1.0e-6; 0.0075 where the library quantises activations by its own default.
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(ours).max()
 
 
 def test_the_two_graphs_of_a_step_cache_share_int8_weights(mini_folder: Path, tmp_path: Path) -> None:

@@ -147,7 +147,12 @@ def test_settings_reach_the_library(bundle: Bundle, compiled: list[Any]) -> None
     for settings in (F32, replace(F32, pinning=True)):
         open_engine(bundle, "unet", settings)(draw(bundle, "unet", 2, 8, 6))
     shapes = [[2, 4, 8, 6], [2], [2, 77, 16]]  # fixed before it is compiled
-    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+    }
     assert compiled == [(shapes, {**config, "ENABLE_CPU_PINNING": pinning}) for pinning in (False, True)]
 
 

@@ -170,6 +170,8 @@ def _config(arithmetic: str, threads: int, pinning: bool) -> dict[str, object]:
         "INFERENCE_PRECISION_HINT": arithmetic,
         # The library's default is on, from the first usable core up: two processes of one thread then share that core.
         "ENABLE_CPU_PINNING": pinning,
+        # The library's default, 32 with VNNI, rounds what meets weights stored as int8 to int8 too: 0.75 % off.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
 
 
