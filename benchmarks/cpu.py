@@ -13,8 +13,8 @@ while another is measured. A process draws its first picture (the cold start: fr
 largest resident set. Euler's method: every peer has it (stable-diffusion.cpp has no PNDM), and N
 steps are N evaluations everywhere. A contender that cannot be made or fails is a row with its reason.
 
-Writes all samples as JSON; with --write also docs/cpu-benchmark.md's tables and charts. Exit 1 where one of ours
-failed.
+Writes all samples as JSON, after every process; --resume goes on from them where a run was cut off, or asked for fewer
+rounds or contenders. With --write also docs/cpu-benchmark.md's tables and charts. Exit 1 where one of ours failed.
 """
 
 from __future__ import annotations
@@ -50,18 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _arguments(arguments)
     machine = _machine(chosen.threads)
     print(f"{machine['cpu']}, {machine['cores']} usable cores, {chosen.threads} threads, bf16: {machine['bf16']}")
-    written: dict[str, Any] = {
-        "machine": machine,
-        "task": {key: getattr(chosen, key) for key in ("variants", "size", "steps", "rounds", "pictures", "threads")},
-        "peaks": [_machine_figures("peak", str(chosen.threads))],
-        "variants": {},
-    }
+    task = {key: getattr(chosen, key) for key in ("variants", "size", "steps", "rounds", "pictures", "threads")}
+    try:
+        begun = _begun(chosen.json, machine, task) if chosen.resume else {"peaks": [], "variants": {}}
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    peaks = [*begun["peaks"], _machine_figures("peak", str(chosen.threads))]
+    written: dict[str, Any] = {"machine": machine, "task": task, "peaks": peaks, "variants": begun["variants"]}
     for number, variant in enumerate(chosen.variants):
         shop = Workshop(chosen.cache, variant, _demo_models() if chosen.quick else {})
         rows = [row for row in chosen.rows if number == 0 or row.name in chosen.scaling]
         batches = tuple(chosen.batches) if number == 0 else ()
         try:
-            written["variants"][variant] = _variant(chosen, shop, rows, machine, batches)
+            _variant(chosen, shop, rows, written, batches)
         except MakeError as error:  # the checkpoint, of which all else is made
             print(error, file=sys.stderr)
             return 1
@@ -69,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         written["peaks"].append(_machine_figures("peak", str(chosen.threads)))  # the faster of both counts
     written["figures"] = cpu_figures.summarise(written)
     print(cpu_page.tables(written))
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    chosen.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    _save(chosen.json, written)
     print(f"all samples: {chosen.json}")
     if chosen.write:
         cpu_page.write(PAGE, written)
@@ -80,11 +81,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(result["failed"] for result in ours) or not any(result["samples"] for result in ours) else 0
 
 
+def _begun(path: Path, machine: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run wrote, to go on from. Raises ValueError where there is none or it measured something else."""
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--resume: {path} cannot be read: {error}") from error
+    for name, now, free in (("machine", machine, ()), ("task", task, ("variants", "rounds"))):
+        others = [key for key in now if key not in free and begun[name].get(key) != now[key]]
+        if others:
+            raise ValueError(f"--resume: {path} is of another {name}: {', '.join(others)} differ; leave out --resume")
+    return begun
+
+
+def _save(path: Path, written: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}")
+    half.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    half.replace(path)
+
+
 def _variant(
-    chosen: argparse.Namespace, shop: Workshop, rows: Sequence[Row], machine: dict[str, Any], batches: tuple[int, ...]
-) -> dict[str, Any]:
-    """All rounds of one variant: contenders with their samples, or the reason why there are none."""
-    results = [{**asdict(row), "skipped": _unfit(row, machine, chosen.asked), **_not_measured_yet()} for row in rows]
+    chosen: argparse.Namespace, shop: Workshop, rows: Sequence[Row], written: dict[str, Any], batches: tuple[int, ...]
+) -> None:
+    """All rounds of one variant, into `written`: contenders with their samples, or the reason why there are none."""
+    before = written["variants"].get(shop.variant, {"contenders": []})["contenders"]
+    results = [_result(row, _unfit(row, written["machine"], chosen.asked), before) for row in rows]
     for row, result in zip(rows, results, strict=True):
         if result["skipped"] is None:
             try:
@@ -93,18 +115,25 @@ def _variant(
             except MakeError as error:
                 _fail(result, str(error))
     work = _machine_figures("work", str(shop.model(CHECKPOINT)), str(chosen.size))
+    written["variants"][shop.variant] = {"work": work, "contenders": results}
     for number in range(1, chosen.rounds + 1):
         for row, result in zip(rows, results, strict=True):
-            if result["skipped"] is None and result["failed"] is None:
+            if result["skipped"] is None and result["failed"] is None and len(result["samples"]) < number:
                 sample = _measure(chosen, shop, row, result, batches if number == chosen.rounds else ())
                 if sample is not None:
                     result["samples"].append(sample)
                     print(f"{number:2} {shop.variant:8} {row.name:34} {cpu_figures.line(sample)}", flush=True)
-    return {"work": work, "contenders": results}
+                _save(chosen.json, written)
 
 
-def _not_measured_yet() -> dict[str, Any]:
-    return {"failed": None, "samples": [], "batches": None, "picture": None}
+def _result(row: Row, skipped: str | None, before: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of a row, with the samples of an earlier run of the same row; what failed there is tried again."""
+    own = json.loads(json.dumps(asdict(row)))
+    kept = {"samples": [], "batches": None, "picture": None}
+    for earlier in before:
+        if {key: earlier.get(key) for key in own} == own:
+            kept = {key: earlier[key] for key in kept}
+    return {**own, "skipped": skipped, "failed": None, **kept}
 
 
 def _unfit(row: Row, machine: dict[str, Any], asked: Sequence[str]) -> str | None:
@@ -222,6 +251,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=3600, help="seconds that a process may take")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "bksdm-benchmark", help="kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: figures.json in the cache")
+    parser.add_argument("--resume", action="store_true", help="keep the samples that the JSON has, go on from there")
     parser.add_argument("--write", action="store_true", help="docs/cpu-benchmark.md and its charts")
     parser.add_argument("--quick", action="store_true", help="does it work: the demo, this environment, no judgement")
     chosen = parser.parse_args(arguments)

@@ -56,6 +56,9 @@ def _verdicts(results: list[Mapping[str, Any]], figures: Figures) -> Iterator[Ve
         if result["kind"] == "ours" and result["aim"] is not None and result["name"] in contenders:
             found = slowness(best) / contenders[result["name"]]["ratio"][0]
             yield Verdict(f"speed, {result['name']}", best, found, result["aim"])
+    for name, peer in peers.items():
+        if peer["twin"] in contenders:
+            yield Verdict(f"speed, {peer['twin']}", name, slowness(name) / slowness(peer["twin"]), AS_FAST)
 
 
 def _number(value: Any) -> float:

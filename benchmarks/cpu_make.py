@@ -58,6 +58,7 @@ class Workshop:
         output = self.folder / "models" / self.variant / name
         source = "" if name == CHECKPOINT else str(self.model(CHECKPOINT))
         stamp = {"command": row.command}
+        needed = {need: str(self.model(need)) for need in row.needs}
         if not _is_made(output, stamp):
             _clear(output)
             python = self.python(row.environment)
@@ -68,6 +69,7 @@ class Workshop:
                 "variant": self.variant,
                 "checkpoint": source,
                 "output": str(output),
+                **needed,
             }
             command = [_filled(word, places) for word in row.command]
             variables = source_variables() if row.environment == CURRENT else {}

@@ -51,11 +51,12 @@ ENVIRONMENTS: Mapping[str, Environment] = {
 
 @dataclass(frozen=True)
 class Model:
-    """What a contender opens. command: makes it; {python} and {bin} are of the environment, {checkpoint} is the folder
-    of that model, {output} what is to be written, {script} the folder of this file."""
+    """What a contender opens. command: makes it; {python} and {bin} are of the environment, {checkpoint} and what else
+    of models it needs are their folders, {output} what is to be written, {script} the folder of this file."""
 
     environment: str
     command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
 
 
 # Step by step: q8_0 straight from fp32 leaves the convolutions, which it does not quantise, in fp32 (1.47 GB for tiny).
@@ -70,6 +71,18 @@ pathlib.Path(made[-1]).rename(output)
 for one in made[:-1]:
     pathlib.Path(one).unlink()
 """
+# GenAI's own folder with the U-Net and decoder of our int8 bundle in it: the same numbers on both sides.
+_OURS_FOR_GENAI = """
+import pathlib, shutil, sys, openvino
+source, bundle, output = map(pathlib.Path, sys.argv[1:])
+shutil.copytree(source, output)
+for part, wanted in (("unet", "out_sample"), ("vae_decoder", "sample")):
+    model = openvino.Core().read_model(bundle / part / "model.onnx")
+    for result in model.get_results():
+        if wanted not in result.input_value(0).names:
+            model.remove_result(result)
+    openvino.save_model(model, output / part / "openvino_model.xml")
+"""
 _EXPORT = "from bksdm_export.cli import main; main()"
 _TO_OPENVINO = (
     *("{bin}/optimum-cli", "export", "openvino", "--model", "{checkpoint}", "--task", "text-to-image"),
@@ -81,6 +94,20 @@ MODELS: Mapping[str, Model] = {
     "bundle": Model(
         CURRENT,
         ("{python}", "-c", _EXPORT, "--weights", "{checkpoint}", "--storage", "fp16", "--step-cache", "-o", "{output}"),
+    ),
+    "bundle-int8": Model(
+        CURRENT,
+        (
+            *("{python}", "-c", _EXPORT, "--weights", "{checkpoint}", "--precision", "int8"),
+            "--step-cache",
+            "-o",
+            "{output}",
+        ),
+    ),
+    "openvino-ours-int8": Model(
+        "genai",
+        ("{python}", "-c", _OURS_FOR_GENAI, "{openvino-fp16}", "{bundle-int8}", "{output}"),
+        needs=("openvino-fp16", "bundle-int8"),
     ),
     "onnx": Model(
         "optimum",
@@ -97,7 +124,8 @@ MODELS: Mapping[str, Model] = {
 class Row:
     """A contender. kind: a key of cpu_contender.KINDS. arithmetic: fp32, bf16 or int8, whose measured peak its U-Net is
     held against. exact: what it draws is the checkpoint's picture up to rounding. variables: of its process.
-    aim: of an approximate row of ours, how many times as fast as the best exact peer it is to be."""
+    aim: of an approximate row of ours, how many times as fast as the best exact peer it is to be. twin: of a peer, the
+    row of ours that runs the very same graphs."""
 
     name: str
     kind: str
@@ -107,6 +135,7 @@ class Row:
     arithmetic: str = "fp32"
     exact: bool = True
     aim: float | None = None
+    twin: str | None = None
     variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -167,10 +196,40 @@ ROWS: tuple[Row, ...] = (
         variables=_FREEZING,
     ),
     Row("Optimum, ONNX Runtime fp32", "optimum", "optimum", "onnx", {}),
+    Row(
+        "ours, OpenVINO int8, rest bf16",
+        "ours",
+        CURRENT,
+        "bundle-int8",
+        {"backend": "openvino", "arithmetic": "bf16"},
+        "bf16",
+        exact=False,
+        aim=1.5,
+    ),
+    Row(
+        "ours, OpenVINO int8, rest bf16, every 3rd step whole",
+        "ours",
+        CURRENT,
+        "bundle-int8",
+        {"backend": "openvino", "arithmetic": "bf16", "saved": {"cache_interval": 3}},
+        "bf16",
+        exact=False,
+        aim=3.0,
+    ),
     Row("OpenVINO GenAI f32", "genai", "genai", "openvino-fp16", {"precision": "f32"}),
     Row("OpenVINO GenAI bf16", "genai", "genai", "openvino-fp16", {"precision": "bf16"}, "bf16"),
     Row("OpenVINO GenAI int8 weights, bf16", "genai", "genai", "openvino-int8", {"precision": "bf16"}, "bf16", False),
     Row("OpenVINO GenAI int8 weights, f32", "genai", "genai", "openvino-int8", {"precision": "f32"}, exact=False),
+    Row(
+        "OpenVINO GenAI, our int8, rest bf16",
+        "genai",
+        "genai",
+        "openvino-ours-int8",
+        {"precision": "bf16"},
+        "bf16",
+        exact=False,
+        twin="ours, OpenVINO int8, rest bf16",
+    ),
     Row("stable-diffusion.cpp f16", "sdcpp", "sdcpp", "f16.gguf", _FLASH),
     Row("stable-diffusion.cpp q8_0", "sdcpp", "sdcpp", "q8_0.gguf", _FLASH, exact=False),
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from bksdm.variants import VARIANTS
-from bksdm_export.graphs import DEPTHS, PRECISIONS, STORAGES
+from bksdm_export.graphs import DEPTHS, INT8_ERROR, PRECISIONS, STORAGES
 from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-export"
@@ -65,6 +65,12 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     type=click.Choice(STORAGES),
     help="Of the weights on disk; fp16 halves an fp32 bundle, int8 quarters it.  [default: as --precision]",
 )
+@click.option(
+    "--int8-error",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SHARE",
+    help=f"What int8 may change in the U-Net's output; less leaves more layers in fp32.  [default: {INT8_ERROR:g}]",
+)
 @click.option("--step-cache", is_flag=True, help="Write what bksdm-run --cache-interval needs, too.")
 @click.option(
     "--verify",
@@ -96,6 +102,7 @@ def command(
     seed: int | None,
     precision: str,
     storage: str | None,
+    int8_error: float | None,
     step_cache: bool,
     depth: str,
     output: Path | None,
@@ -114,6 +121,8 @@ def command(
         raise click.UsageError("--seed draws the weights of --weights random, and these are not drawn: leave it out")
     if revision is not None and weights is not None:
         raise click.UsageError(f"--revision names a commit on the Hub, and {weights} is not from there: leave it out")
+    if int8_error is not None and precision != "int8":
+        raise click.UsageError(f"--int8-error is of --precision int8, and this is {precision}: leave it out")
     if scales and len(scales) != len(loras):
         raise click.UsageError(
             f"{len(loras)} --lora and {len(scales)} --lora-scale: give every file its scale, in the same order, or none"
@@ -160,6 +169,7 @@ def command(
             seed=seed,
             precision=precision,
             storage=storage,
+            int8_error=int8_error,
             step_cache=step_cache,
         )
     try:
@@ -175,6 +185,7 @@ def command(
             seed=0 if seed is None else seed,
             precision=precision,
             storage=storage,
+            int8_error=INT8_ERROR if int8_error is None else int8_error,
             step_cache=step_cache,
             depth=depth,
             force=force,
@@ -198,6 +209,7 @@ def default_output(
     seed: int | None = None,
     precision: str = "fp32",
     storage: str | None = None,
+    int8_error: float | None = None,
     step_cache: bool = False,
 ) -> Path:
     """out/ and the model's own name, with all that was asked of it and makes it another model.
@@ -221,6 +233,8 @@ def default_output(
         name += f"-lora-{_name(file)}" + ("" if scale == 1 else f"@{scale:g}")
     if precision != "fp32":
         name += f"-{precision}"
+    if int8_error is not None:
+        name += f"@{int8_error:g}"
     if storage not in (None, precision):
         name += f"-stored-{storage}"
     if step_cache:

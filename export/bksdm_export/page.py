@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bksdm_export.precision import ERROR_LIMIT, INT8_LIMIT, LIMIT
+from bksdm_export.precision import ERROR_LIMIT, LIMIT
 from bksdm_export.verify import PictureComparison, reference_pixels
 from bksdm_runtime.bundle import Manifest
 
@@ -130,8 +130,9 @@ def _sensitive(components: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     return (
-        f'<h2>Not in int8</h2><p class="soft">int8 would cost each of these layers more than {INT8_LIMIT:g} of its '
-        "output (root mean square, the worst call).</p>" + _table(("layer", "error measured"), rows)
+        '<h2>Not in int8</h2><p class="soft">Of all layers these would cost the most for the operations they save. '
+        "Beside each what int8 in it alone would change in the component's output (root mean square).</p>"
+        + _table(("layer", "error measured"), rows)
     )
 
 

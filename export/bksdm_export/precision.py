@@ -37,14 +37,9 @@ class Island:
     error: float
 
 
-# What int8 may cost one layer, in the worst call: root mean square of its error over that of its output. Of the demo's
-# layers half lose less than 0.01 of the U-Net and 0.02 of the VAE decoder, one in twenty more than 0.045 (docs/cpu.md).
-INT8_LIMIT = 0.05
-
-
 @dataclass(frozen=True)
 class Sensitive:
-    """A layer that stays fp32 inside an int8 graph. error: what int8 would have cost it, past INT8_LIMIT."""
+    """A layer that stays fp32 inside an int8 graph. error: what int8 in it alone would change in the graph's output."""
 
     layer: str
     error: float

@@ -16,7 +16,7 @@ from bksdm_export import bundle_files, graphs, memory, report, to_onnx
 from bksdm_export.divergence import Divergence, first_divergence
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_space, resolve, whole_or_nothing
-from bksdm_export.graphs import DEPTHS, IN_INT8, PRECISIONS
+from bksdm_export.graphs import DEPTHS, IN_INT8, INT8_DECODER_SHARE, INT8_ERROR, PRECISIONS
 from bksdm_export.likeness import Likeness
 from bksdm_export.precision import (
     ERROR_LIMIT,
@@ -65,6 +65,8 @@ class ExportRequest:
     loras: files with the scale of each, merged in this order; lora_partial: as bksdm.lora.merge takes it.
     precision: of the graphs' arithmetic; storage: of the weights on disk, None for that of the arithmetic.
     step_cache: the U-Net gives its deep features, and a shallow one that takes them lies beside it.
+    int8_error: what int8 may change in the U-Net's output, see quantise; layers stay fp32 to keep to it. The decoder
+    keeps to INT8_DECODER_SHARE of it.
     depth: of the verification, one of DEPTHS. force: replace an older bundle at `output`; of a link, the one that it
     names. Raises ExportError for a choice that there is not.
     """
@@ -81,6 +83,7 @@ class ExportRequest:
     precision: str = "fp32"
     storage: str | None = None
     step_cache: bool = False
+    int8_error: float = INT8_ERROR
     depth: str = "quick"
     force: bool = False
 
@@ -92,6 +95,8 @@ class ExportRequest:
         ):
             if found not in choices:
                 raise ExportError(f"there is no {name} {found!r}: choose from {', '.join(choices)}")
+        if not self.int8_error > 0:
+            raise ExportError(f"an int8 error of {self.int8_error:g} cannot be kept to: take one above 0")
         precision, storage = self.kind
         if self.kind not in TOLERANCES:
             choices = ", ".join(f"{p} stored as {s}" for p, s in TOLERANCES)
@@ -151,7 +156,9 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
             if precision == "fp16":  # whose ranges grow with the size
                 cases = with_own_size(name, cases, facts)
             shared = folder / components["unet"].path if request.step_cache and name.startswith("unet") else None
-            exported[name] = export_graph(path, name, modules.pop(name), component, cases, kind, shared)
+            exported[name] = export_graph(
+                path, name, modules.pop(name), component, cases, kind, shared, request.int8_error, progress
+            )
             memory.give_back()  # an exported program is a ring of references
 
         unproven = bundle_files.manifest(
@@ -163,7 +170,7 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
         if failures := parity.failures():
             report.write_failure(page, parity, exported, unproven, "; ".join(failures))
             progress("over tolerance: looking for the node where the error appears")
-            why = "; ".join([*failures, *_where(request, bundle, reference, parity)])
+            why = "; ".join([*failures, *_where(request, bundle, reference, parity), *_advice(request, parity)])
             report.write_failure(page, parity, exported, unproven, why)
             raise ExportError(f"the graphs are not PyTorch's: {why} (pictures and figures: {page})")
 
@@ -183,11 +190,14 @@ def export_graph(
     cases: Sequence[Case],
     kind: tuple[str, str],
     shared: Path | None = None,
+    int8_error: float = INT8_ERROR,
+    progress: Callable[[str], None] = log.info,
 ) -> GraphFacts:
     """Write one component's graph. The module is used up: in fp16 its weights are turned in place.
 
     cases: real inputs, in which an fp16 graph's islands are measured and on which an int8 one is calibrated; kind:
-    (precision, storage); shared: the U-Net's graph, whose file of weights a shallow one reads too.
+    (precision, storage); shared: the U-Net's graph, whose file of weights a shallow one reads too; int8_error: as
+    quantise takes it.
     """
     precision, storage = kind
     started = time.perf_counter()
@@ -201,7 +211,8 @@ def export_graph(
         from bksdm_export.quantise import quantise  # NNCF: an extra of its own
 
         exact = model
-        model, sensitive = quantise(name, exact, cases)
+        share = INT8_DECODER_SHARE if name == "vae_decoder" else 1
+        model, sensitive = quantise(name, exact, cases, int8_error * share, progress)
         to_onnx.release(exact)
     elif storage != precision:
         store(model, storage)
@@ -210,6 +221,12 @@ def export_graph(
     facts = GraphFacts(len(model.graph), to_onnx.weight_bytes(model), seconds, islands, sensitive)
     to_onnx.release(model)
     return facts
+
+
+def _advice(request: ExportRequest, parity: Parity) -> list[str]:
+    if not any(one.failures() for one in parity.likenesses):
+        return []
+    return [f"an --int8-error below {request.int8_error:g} leaves more layers in fp32"]
 
 
 def load(request: ExportRequest) -> Checkpoint:

@@ -53,7 +53,7 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = {
         {"text_encoder": 1e-2, "unet": 1e-2, "unet_shallow": 1e-2, "vae_decoder": 1e-2, "vae_encoder": 1e-2},
         picture=3.0,
     ),
-    # int8 in U-Net and VAE decoder: measured 0.22 and 0.20 (demo), pictures 4.6. `likeness` is what counts; these
+    # int8 in U-Net and VAE decoder: measured 0.35 and 0.41 (demo), pictures 3.6. `likeness` is what counts; these
     # only catch a graph that is broken.
     ("int8", "int8"): Tolerance(
         {"text_encoder": 5e-6, "unet": 1.0, "unet_shallow": 1.0, "vae_decoder": 1.0, "vae_encoder": 2e-5}, picture=25.5

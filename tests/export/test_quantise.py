@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,11 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from bksdm_export import likeness
+from bksdm_export import likeness, sensitivity
 from bksdm_export.cli import run
 from bksdm_export.errors import ExportError
+from bksdm_export.graphs import INT8_ERROR
 from bksdm_export.likeness import Likeness, judge
-from bksdm_export.precision import INT8_LIMIT
 from bksdm_export.recipe import ExportRequest, export_variant
 from bksdm_export.reference import Case
 from bksdm_runtime import bundle as bundles
@@ -104,7 +105,7 @@ def test_a_layer_that_int8_wrecks_stays_fp32(cases: list[Case]) -> None:
     model = convolutions(planted=True)
     made, left_out = quantise.quantise("vae_decoder", model, cases)
     assert [one.layer for one in left_out] == ["conv1/Conv"]
-    assert left_out[0].error > INT8_LIMIT
+    assert left_out[0].error > INT8_ERROR
     by_name = {node.name: node for node in made.graph}
     assert by_name["conv1/Conv"].inputs[0].producer().name == "act0"
     weight = by_name["conv1/Conv"].inputs[1].const_value
@@ -115,20 +116,97 @@ def test_a_layer_that_int8_wrecks_stays_fp32(cases: list[Case]) -> None:
     assert away(on_ort(made, inputs), on_ort(model, inputs)) < 0.06
 
 
-def test_measured_error_is_that_of_the_layer_alone(cases: list[Case]) -> None:
-    """Of the first layer: all that comes before it is exact, so its own output in the int8 graph says the same."""
+def test_a_cost_is_what_one_layer_alone_in_int8_changes_in_the_output(cases: list[Case]) -> None:
     model = convolutions(planted=False)
+    made, left_out = quantise.quantise("vae_decoder", model, cases)
+    assert left_out == ()
+    costs = sensitivity.measure(model, made, cases[:2])
+    assert set(costs) == {f"conv{i}/Conv" for i in range(4)}
+    for layer, cost in costs.items():
+        alone = ir.from_proto(ir.to_proto(made))
+        quantise.give_back(alone, model, costs.keys() - {layer})
+        shares = [away(on_ort(alone, case.inputs), on_ort(model, case.inputs)) for case in cases[:2]]
+        assert cost.error == pytest.approx(math.sqrt(np.mean(np.square(shares))), rel=1e-3)
+    assert [costs[f"conv{i}/Conv"].operations for i in (0, 3)] == [2 * 9 * 13 * 9 * 8 * 8, 2 * 9 * 13 * 9 * 8 * 4]
+
+
+def test_operations_of_a_product_are_counted(cases: list[Case]) -> None:
+    """[2, 8, 9, 13] @ [13, 5], as linear layers and attention have them."""
+    model = convolutions(planted=False)
+    graph = model.graph
+    weight = ir.Value(
+        name="linear.weight",
+        const_value=ir.Tensor(np.random.default_rng(2).standard_normal((13, 5)).astype(np.float32)),
+    )
+    graph.register_initializer(weight)
+    linear = ir.node("MatMul", [graph.outputs[0], weight], name="linear/MatMul")
+    linear.outputs[0].name, linear.outputs[0].type = "z", ir.TensorType(ir.DataType.FLOAT)
+    linear.outputs[0].shape = ir.Shape(["batch", 4, "height", 5])
+    graph.append(linear)
+    graph.outputs[:] = [linear.outputs[0]]
     made, _ = quantise.quantise("vae_decoder", model, cases)
-    errors = quantise.measure(model, made, cases[:1])
-    assert set(errors) == {f"conv{i}/Conv" for i in range(4)}
-    outputs = []
-    for one in (model, made):
-        copy = ir.from_proto(ir.to_proto(one))
-        value = next(node for node in copy.graph if node.name == "conv0/Conv").outputs[0]
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", 8, "height", "width"])
-        copy.graph.outputs[:] = [value]
-        outputs.append(on_ort(copy, cases[0].inputs))
-    assert errors["conv0/Conv"] == pytest.approx(away(outputs[1], outputs[0]), rel=1e-3)
+    assert sensitivity.measure(model, made, cases[:1])["linear/MatMul"].operations == 2 * 4 * 9 * 5 * 13
+
+
+def test_layers_that_lose_most_for_what_they_save_are_left_out() -> None:
+    costs = {
+        "cheap": sensitivity.Cost(0.03, 10),
+        "dear": sensitivity.Cost(0.04, 1000),
+        "lost": sensitivity.Cost(sensitivity.LOST, 10**6),
+        "large": sensitivity.Cost(0.05, 10**6),
+        "free": sensitivity.Cost(0.0, 1),
+    }
+    assert sensitivity.choose(costs, 0.0) == {"cheap", "dear", "lost", "large"}
+    assert sensitivity.choose(costs, 0.05) == {"cheap", "dear", "lost"}
+    assert sensitivity.choose(costs, 0.065) == {"cheap", "lost"}  # squares add: 0.05 and 0.04 are 0.064
+    assert sensitivity.choose(costs, 0.08) == {"lost"}
+
+
+def test_probes_are_small_and_spread_over_the_steps() -> None:
+    cases = [
+        Case(str(i), {"x": np.zeros((1, 4, side, side), np.float32), "timestep": np.array([900.0 - i], np.float32)}, {})
+        for side in (8, 4)
+        for i in range(10)
+    ]
+    chosen = sensitivity.probes(cases)
+    assert [case.label for case in chosen] == ["9", "6", "3", "0"]  # from the last step to the first
+    assert {case.inputs["x"].shape[2] for case in chosen} == {4}
+    assert sensitivity.probes(cases[:3]) == cases[2::-1]
+
+
+def test_nothing_is_quantised_but_what_a_layer_multiplies(cases: list[Case]) -> None:
+    """NNCF also quantises what enters a sum: twice the error of a decoder, for no time."""
+    model = convolutions(planted=False)
+    graph = model.graph
+    conv = next(node for node in graph if node.name == "conv2/Conv")
+    added = ir.node("Add", [conv.outputs[0], conv.inputs[0]], name="residual")
+    added.outputs[0].name = "sum"
+    ir.convenience.replace_all_uses_with(conv.outputs[0], added.outputs[0])
+    added.replace_input_with(0, conv.outputs[0])
+    graph.insert_after(conv, added)
+    made, _ = quantise.quantise("vae_decoder", model, cases)
+    layers = {node.op_type for node in made.graph for value in node.inputs if value is not None and _dequantised(value)}
+    assert layers == {"Conv"}
+    assert away(on_ort(made, cases[0].inputs), on_ort(model, cases[0].inputs)) < 0.06
+
+
+def _dequantised(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--int8-error", "0.05"], "--int8-error is of --precision int8, and this is fp32: leave it out"),
+        (["--precision", "int8", "--int8-error", "0"], "is not in the range x>0"),
+    ],
+)
+def test_an_error_that_cannot_be_kept_to_is_misuse(
+    arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["--weights", "demo", *arguments]) == 2
+    assert why in capsys.readouterr().err
 
 
 def test_quantised_right_before_a_convolution_and_never_before_a_transpose(cases: list[Case]) -> None:
@@ -195,7 +273,8 @@ def test_a_quantisation_that_is_too_coarse_fails_and_leaves_its_page_alone(
     smallest_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(likeness, "PSNR_BOUND", 90.0)
-    with pytest.raises(ExportError, match=r"int8 pictures on onnxruntime are too far from fp32's: .* dB PSNR"):
+    why = r"int8 pictures on onnxruntime are too far from fp32's: .* dB PSNR.*; an --int8-error below 0.07 leaves more"
+    with pytest.raises(ExportError, match=why):
         export_variant(ExportRequest(tmp_path / "bundle", weights=str(smallest_folder), precision="int8"))
     assert [one.name for one in tmp_path.iterdir()] == ["bundle.failed.html"]
 

@@ -137,15 +137,19 @@ def _with_worker(config):
     return replace(config, workers=1)
 
 
-# Largest relative difference of any term over eight steps, measured: micro-batches 1.2e-5, the others 0
-@pytest.mark.parametrize(("change", "limit"), [(_micro, 1e-4), (_recomputed, 1e-6), (_with_worker, 0.0)])
-def test_how_a_run_is_computed_changes_no_loss(teacher, mini_data, tmp_path, change, limit):
+# Largest relative difference of any term, before the first update and over eight steps. Measured: micro-batches 3.2e-7
+# and 1.2e-5 to 1.5e-4 by processor and torch (Adam makes a whole step of a near-zero gradient's rounding), others 0.
+@pytest.mark.parametrize(
+    ("change", "first", "limit"), [(_micro, 5e-6, 1e-3), (_recomputed, 0.0, 1e-6), (_with_worker, 0.0, 0.0)]
+)
+def test_how_a_run_is_computed_changes_no_loss(teacher, mini_data, tmp_path, change, first, limit):
     config = _with(steps=8, checkpoint_every=8)
     for variant in ("small", "tiny"):
         _run(teacher, mini_data / "train", tmp_path / variant / "a", config, variant)
         _run(teacher, mini_data / "train", tmp_path / variant / "b", change(config), variant)
-        worst = _difference(_log(tmp_path / variant / "a"), _log(tmp_path / variant / "b"))
-        assert worst <= limit
+        one, other = _log(tmp_path / variant / "a"), _log(tmp_path / variant / "b")
+        assert _difference(one[:1], other[:1]) <= first
+        assert _difference(one, other) <= limit
 
 
 def _difference(a, b):
@@ -388,8 +392,8 @@ def test_two_processes_have_the_losses_of_one(trained, mini_data, tmp_path, micr
         assert _start(config, trained, mini_data / "train", tmp_path / str(processes) / "run", processes).wait() == 0
     one, two = _log(tmp_path / "1" / "run"), _log(tmp_path / "2" / "run")
     assert len(one) == 12
-    worst = _difference(one, two)
-    assert worst < 5e-5  # measured 6.5e-6
+    assert _difference(one[:1], two[:1]) < 5e-6  # before the first update; measured 9.0e-7
+    assert _difference(one, two) < 2e-4  # measured 2.5e-5; micro-batches of one process, at this rate, up to 4.5e-5
     # a run begun by two processes goes on with two, and with one
     for steps, processes in ((14, 2), (16, 1)):
         longer = replace(config, loop=replace(config.loop, steps=steps))
