@@ -19,8 +19,8 @@ PRECISIONS = ("fp32", "fp16", "int8")
 STORAGES = ("fp32", "fp16", "int8")  # of fp32 arithmetic; the others bring their own
 # What int8 changes: the text encoder runs once for a picture, the VAE encoder for some pictures alone.
 IN_INT8 = ("unet", "unet_shallow", "vae_decoder")
-# What it may change in a U-Net's output: root mean square of the error over that of the output. Later steps correct much
-# of that and nothing corrects the decoder's, which may change by this share of it (docs/cpu.md).
+# What it may change in a U-Net's output: root mean square of the error over that of the output. Later steps correct
+# much of that and nothing corrects the decoder's, which may change by this share of it (docs/cpu.md).
 INT8_ERROR, INT8_DECODER_SHARE = 0.07, 1 / 14
 DEPTHS = ("quick", "full")  # of the verification; see reference.plan
 DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "int8": "float32"}
