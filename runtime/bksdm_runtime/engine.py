@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.contract import Component
+from bksdm_runtime.evaluations import Evaluation
+from bksdm_runtime.schedule import Schedule
 
 ARITHMETICS = ("auto", "f32", "bf16")
 
@@ -79,6 +81,25 @@ class Engine(Protocol):
     def __call__(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]: ...
 
 
+@runtime_checkable
+class Sampler(Protocol):
+    """A U-Net's engine that walks from noise to latents by itself, without bringing each step to the host."""
+
+    def sample(
+        self,
+        schedule: Schedule,
+        noise: NDArray[np.float32],
+        context: NDArray[np.float32],
+        guidance: NDArray[np.float32] | None,
+        clean: NDArray[np.float32] | None = None,
+        *,
+        evaluations: Sequence[Evaluation] | None = None,
+        shallow: Engine | None = None,
+    ) -> Generator[tuple[float, NDArray[np.float32]], None, None]:
+        """As `pipeline.sample` does, with itself for the U-Net. Raises EngineError."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Backend:
     """Where a backend lives: its module has open_component(bundle, component, settings) -> Engine."""
@@ -91,7 +112,7 @@ class _Backend:
 _BACKENDS: Mapping[str, _Backend] = {
     "openvino": _Backend("bksdm_runtime.backends.ov", "openvino", "openvino"),
     "onnxruntime": _Backend("bksdm_runtime.backends.ort", "onnxruntime", "cpu"),
-    "cuda": _Backend("bksdm_runtime.backends.ort", "onnxruntime", "cuda"),
+    "cuda": _Backend("bksdm_runtime.backends.cuda", "onnxruntime", "cuda"),
 }
 BACKENDS = tuple(_BACKENDS)
 

@@ -18,7 +18,15 @@ from bksdm_runtime import bundle as bundles
 from bksdm_runtime.batches import MEMORY_BUDGET, Batch, plan
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.contract import DEEP
-from bksdm_runtime.engine import DEFAULT_SETTINGS, Engine, EngineError, EngineSettings, open_engine, resolve_backend
+from bksdm_runtime.engine import (
+    DEFAULT_SETTINGS,
+    Engine,
+    EngineError,
+    EngineSettings,
+    Sampler,
+    open_engine,
+    resolve_backend,
+)
 from bksdm_runtime.evaluations import Evaluation, plan_evaluations
 from bksdm_runtime.image import from_image, open_image, to_rgb, to_uint8
 from bksdm_runtime.noise import Generator as NoiseGenerator
@@ -276,8 +284,9 @@ class Pipeline:
             guidance = np.array([r.guidance for r in batch.requests], np.float32) if guided else None
             clean, noise = self._start(batch, pictures)
             latents = noise
-            steps = sample(
-                self._engines["unet"],
+            unet = self._engines["unet"]
+            walk = unet.sample if isinstance(unet, Sampler) else partial(sample, unet)
+            steps = walk(
                 batch.schedule,
                 noise,
                 context,

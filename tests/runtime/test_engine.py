@@ -134,7 +134,9 @@ def test_no_threads_is_refused(bundle: Bundle) -> None:
 def test_a_missing_library_names_its_extra(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, backend: str, extra: str
 ) -> None:
-    monkeypatch.delitem(sys.modules, "bksdm_runtime.backends.ort")
+    for name in ("ort", "cuda"):
+        monkeypatch.delitem(sys.modules, f"bksdm_runtime.backends.{name}", raising=False)
+        monkeypatch.delattr(f"bksdm_runtime.backends.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingBackend) as caught:
         open_engine(bundle, "unet", EngineSettings(backend=backend))
@@ -246,7 +248,7 @@ def test_cuda_that_falls_back_to_the_cpu_is_refused(bundle: Bundle, monkeypatch:
     def start(path: str, sess_options: Any, providers: Any) -> Any:
         return ort.onnxruntime.InferenceSession(path, sess_options=sess_options, providers=["CPUExecutionProvider"])
 
-    monkeypatch.setattr(ort, "_library", cuda_stub(InferenceSession=start))
+    monkeypatch.setattr(ort, "library", cuda_stub(InferenceSession=start))
     with pytest.raises(EngineError, match=r"CUDAExecutionProvider did not start \(running: CPUExecutionProvider\)"):
         open_engine(bundle, "unet", EngineSettings(backend="cuda", threads=1))
 
@@ -280,9 +282,9 @@ def test_cuda_is_asked_for_true_fp32_and_a_choice_of_algorithms_that_no_clock_de
         seen.append("preloaded")
         print("Failed to load libcudnn.so.9")
 
-    monkeypatch.setattr(ort, "_library", cuda_stub(InferenceSession=start, preload_dlls=preload))
+    monkeypatch.setattr(ort, "library", cuda_stub(InferenceSession=start, preload_dlls=preload))
     assert open_engine(bundle, "unet", EngineSettings(backend="cuda", threads=1)).backend == "cuda"
-    options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "enable_cuda_graph": "1"}
     assert seen == ["preloaded", [("CUDAExecutionProvider", options)]]
     assert capfd.readouterr().out == ""  # stdout carries the paths of pictures
 

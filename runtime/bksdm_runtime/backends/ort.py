@@ -1,11 +1,9 @@
-"""ONNX Runtime: the CPU provider (backend "onnxruntime") and the CUDA provider (backend "cuda")."""
+"""ONNX Runtime on a CPU (backend "onnxruntime"), and the opening of a session for any of its providers."""
 
 from __future__ import annotations
 
-import io
-import logging
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -22,20 +20,18 @@ from bksdm_runtime.tensors import check_tensors, run_error, to_caller, to_graph
 # library would print also comes as an exception, which becomes one sentence here.
 _LOG_FATAL_ONLY = 4
 
-log = logging.getLogger(__name__)
+library = cast(Any, onnxruntime)  # it ships no types; what comes out of it is cast where it arrives
 
-_library = cast(Any, onnxruntime)  # it ships no types; what comes out of it is cast where it arrives
 
-_PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html; no GPU has run them here yet.
-_PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "onnxruntime": {},
-    "cuda": {
-        "use_tf32": "0",  # on by default, and 10 bits of mantissa: not the fp32 that a bundle's parity promises
-        # The default, EXHAUSTIVE, times the algorithms and may choose another each run (onnxruntime issue 19822).
-        "cudnn_conv_algo_search": "HEURISTIC",
-    },
-}
+@dataclass(frozen=True)
+class Provider:
+    """One of ONNX Runtime's, by its own name, with its options."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+CPU = Provider("CPUExecutionProvider")
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -50,7 +46,7 @@ class _NodeArg(Protocol):
     shape: Sequence[int | str | None]
 
 
-class _Session(Protocol):
+class Session(Protocol):
     def get_inputs(self) -> list[_NodeArg]: ...
     def get_outputs(self) -> list[_NodeArg]: ...
     def get_providers(self) -> list[str]: ...
@@ -61,7 +57,7 @@ class OrtEngine:
     """One graph in an ONNX Runtime session; see `engine.Engine` for what a call takes and gives."""
 
     def __init__(
-        self, name: str, component: Component, session: _Session, backend: str, arithmetic: str, threads: int
+        self, name: str, component: Component, session: Session, backend: str, arithmetic: str, threads: int
     ) -> None:
         self.name = name
         self.component = component
@@ -76,69 +72,72 @@ class OrtEngine:
         try:
             arrays = self._session.run(self._outputs, ready)
         except Exception as error:  # the library's own exceptions share no base class
-            raise run_error(self.name, ready, error, _first_line(error)) from error
+            raise run_error(self.name, ready, error, first_line(error)) from error
         return to_caller(dict(zip(self._outputs, arrays, strict=True)))
 
 
 def open_component(bundle: Bundle, component: str, settings: EngineSettings) -> OrtEngine:
-    """Open one component of the bundle; the settings' backend is "onnxruntime" or "cuda". Raises EngineError."""
-    backend = settings.backend
-    # It computes in what the graph is written in: it has no other arithmetic to choose. What is int8 stays so.
+    """Open one component of the bundle. Raises EngineError."""
+    arithmetic = arithmetic_of(bundle, settings)
+    used = threads_of(settings)
+    path = bundle.component_path(component)
+    session = open_session(component, str(path), settings.backend, CPU, session_options(used, bundle))
+    facts = bundle.manifest.components[component]
+    check_session(component, facts, session)
+    return OrtEngine(component, facts, session, settings.backend, arithmetic, used)
+
+
+def arithmetic_of(bundle: Bundle, settings: EngineSettings) -> str:
+    """What the graphs are written in: there is no other arithmetic to choose, and what is int8 stays so.
+
+    Raises EngineError where another is asked for.
+    """
     arithmetic = {"fp32": "f32", "fp16": "f16", "int8": "f32"}[bundle.manifest.precision]
     if settings.arithmetic not in ("auto", arithmetic):
         raise EngineError(
-            f"backend {backend!r} computes this bundle in {arithmetic}, not in {settings.arithmetic}: "
+            f"backend {settings.backend!r} computes this bundle in {arithmetic}, not in {settings.arithmetic}: "
             "leave the arithmetic at auto, or take backend openvino"
         )
-    _library.set_default_logger_severity(_LOG_FATAL_ONLY)
-    provider = _PROVIDERS[backend]
-    if provider not in cast("list[str]", _library.get_available_providers()):
-        raise EngineError(
-            f"backend {backend!r}: this onnxruntime has no {provider}; onnxruntime and onnxruntime-gpu share their "
-            "files, so leave only one: pip uninstall onnxruntime, then pip install --force-reinstall 'bksdm[cuda]'"
-        )
-    if backend == "cuda":
-        _preload_cuda()
-    path = bundle.component_path(component)
+    return arithmetic
+
+
+def threads_of(settings: EngineSettings) -> int:
     # Explicit, because the library's own count ignores a container's limit and pins threads outside its cores.
-    used = physical_cores() if settings.threads is None else settings.threads
-    chosen = [(provider, _PROVIDER_OPTIONS[backend])]
-    try:
-        session = cast(
-            _Session,
-            _library.InferenceSession(str(path), sess_options=_session_options(used, bundle), providers=chosen),
-        )
-    except Exception as error:  # the library's own exceptions share no base class
-        raise EngineError(f"{component}: ONNX Runtime cannot open {path}: {_first_line(error)}") from error
-    active = session.get_providers()
-    if provider not in active:  # ONNX Runtime falls back to the CPU without an error
+    return physical_cores() if settings.threads is None else settings.threads
+
+
+def open_session(component: str, model: str | bytes, backend: str, provider: Provider, options: Any) -> Session:
+    """A session of a graph's file, or of its bytes, on a provider that is really in use. Raises EngineError."""
+    library.set_default_logger_severity(_LOG_FATAL_ONLY)
+    if provider.name not in cast("list[str]", library.get_available_providers()):
         raise EngineError(
-            f"backend {backend!r}: {provider} did not start (running: {', '.join(active)}); "
+            f"backend {backend!r}: this onnxruntime has no {provider.name}; onnxruntime and onnxruntime-gpu "
+            "share their files, so leave only one: pip uninstall onnxruntime, "
+            "then pip install --force-reinstall 'bksdm[cuda]'"
+        )
+    chosen = [(provider.name, dict(provider.options))]
+    try:
+        session = cast(Session, library.InferenceSession(model, sess_options=options, providers=chosen))
+    except Exception as error:  # the library's own exceptions share no base class
+        what = model if isinstance(model, str) else "its graph"
+        raise EngineError(f"{component}: ONNX Runtime cannot open {what}: {first_line(error)}") from error
+    active = session.get_providers()
+    if provider.name not in active:  # ONNX Runtime falls back to the CPU without an error
+        raise EngineError(
+            f"backend {backend!r}: {provider.name} did not start (running: {', '.join(active)}); "
             "check the driver and the CUDA and cuDNN versions that this onnxruntime-gpu needs"
         )
-    facts = bundle.manifest.components[component]
-    check_tensors(component, "input", facts.inputs, _specs(session.get_inputs()))
-    check_tensors(component, "output", facts.outputs, _specs(session.get_outputs()))
-    return OrtEngine(component, facts, session, backend, arithmetic, used)
+    return session
 
 
-def _preload_cuda() -> None:
-    """Load CUDA and cuDNN where pip put them (ONNX Runtime 1.21 and later), which the loader itself never searches.
-
-    What it cannot load is no error yet: the system may have it elsewhere, and the provider tells when it starts.
-    """
-    preload = getattr(_library, "preload_dlls", None)
-    if preload is None:
-        return
-    said = io.StringIO()
-    with redirect_stdout(said):  # it prints, and stdout carries paths
-        preload()
-    if said.getvalue().strip():
-        log.info("%s", said.getvalue().strip())
+def check_session(name: str, component: Component, session: Session) -> None:
+    """A session's own inputs and outputs must be those that bundle.json promises. Raises EngineError."""
+    check_tensors(name, "input", component.inputs, _specs(session.get_inputs()))
+    check_tensors(name, "output", component.outputs, _specs(session.get_outputs()))
 
 
-def _session_options(threads: int, bundle: Bundle) -> Any:
-    options = _library.SessionOptions()
+def session_options(threads: int, bundle: Bundle) -> Any:
+    options = library.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graphs are chains: there is nothing to run side by side
     # A pattern plans a second block of memory beside what the first call took: a guided 512 px evaluation of tiny then
@@ -162,5 +161,5 @@ def _specs(nodes: Sequence[_NodeArg]) -> list[TensorSpec]:
     ]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

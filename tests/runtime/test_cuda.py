@@ -1,0 +1,194 @@
+"""The sampling loop on device buffers, run on the CPU provider: its bindings, graphs and arithmetic are those of a GPU.
+
+What this does not show: the CUDA provider itself, graph capture, and how fast any of it is (`make gpu-check`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from bksdm_export.step_graph import FOLDER, build
+from bksdm_runtime import bundle as bundles
+from bksdm_runtime import engine as engines
+from bksdm_runtime.backends import cuda
+from bksdm_runtime.backends.cuda import Place
+from bksdm_runtime.backends.ort import CPU
+from bksdm_runtime.engine import EngineError, EngineSettings, Sampler
+from bksdm_runtime.pipeline import Images, Pipeline, Step, sample
+from bksdm_runtime.request import Request
+from bksdm_runtime.schedule import SAMPLERS, make_schedule
+
+HERE = Place(CPU, "cpu", captures=False)
+ONE = EngineSettings(backend="onnxruntime", threads=1)
+ON_BUFFERS = EngineSettings(backend="cuda", threads=1)
+PLAIN = Request("a red apple", "grey", seed=3, steps=6, guidance_scale=7.5, height=64, width=128)
+
+
+@pytest.fixture
+def buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backend cuda on the CPU."""
+    monkeypatch.setattr(cuda, "open_component", partial(cuda.open_component, place=HERE))
+
+
+def steps(pipeline: Pipeline, *requests: Request) -> list[tuple[float, np.ndarray]]:
+    return [(item.timestep, item.latents) for item in pipeline.generate(requests) if isinstance(item, Step)]
+
+
+def differ(one: Pipeline, other: Pipeline, *requests: Request) -> float:
+    """The most that latents differ after any step, over the largest of them."""
+    found, wanted = steps(one, *requests), steps(other, *requests)
+    assert [timestep for timestep, _ in found] == [timestep for timestep, _ in wanted]
+    pairs = list(zip(found, wanted, strict=True))
+    return max(float(np.abs(got - want).max() / np.abs(want).max()) for (_, got), (_, want) in pairs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_shipped_graphs_are_those_that_are_built(dtype: str) -> None:
+    assert onnx.load(FOLDER / f"step_{dtype}.onnx") == build(dtype)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    **{sampler: {"sampler": sampler} for sampler in SAMPLERS},
+    "one step": {"steps": 1},
+    "pndm, 25 steps": {"steps": 25},
+    "unguided": {"guidance_scale": 1.0},
+    "guided in between": {"guidance_interval": (0.3, 0.8)},
+    "another size": {"height": 128, "width": 64},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+@pytest.mark.usefixtures("buffers")
+def test_latents_are_those_of_the_loop_on_the_host(toy_bundle: Path, changes: dict[str, Any]) -> None:
+    request = replace(PLAIN, **changes)
+    error = differ(Pipeline.open(toy_bundle, ON_BUFFERS), Pipeline.open(toy_bundle, ONE), request)
+    assert error < 2e-6  # measured: 3.4e-7 at most
+
+
+@pytest.mark.usefixtures("buffers")
+def test_a_batch_an_init_image_and_one_picture_after_another(toy_bundle: Path) -> None:
+    picture = Image.new("RGB", (128, 64), (200, 30, 30))
+    device, host = Pipeline.open(toy_bundle, ON_BUFFERS), Pipeline.open(toy_bundle, ONE)
+    assert isinstance(device._engines["unet"], Sampler)
+    assert not isinstance(host._engines["unet"], Sampler)
+    batch = [replace(PLAIN, seed=seed, guidance_scale=scale) for seed, scale in ((1, 3.0), (2, 7.5), (3, 12.0))]
+    drawn = replace(PLAIN, init_image=picture, strength=0.5, sampler="dpmsolver++")
+    for requests in (batch, [drawn], [PLAIN], [replace(PLAIN, steps=3)], batch):
+        assert differ(device, host, *requests) < 2e-6  # measured: 3.3e-7 at most
+
+
+CACHED: dict[str, dict[str, Any]] = {
+    "guided": {"cache_interval": 3},
+    "guided at first": {"cache_interval": 2, "guidance_interval": (0.0, 0.5)},
+    "guided at last": {"cache_interval": 3, "guidance_interval": (0.5, 1.0)},
+    "unguided": {"cache_interval": 2, "guidance_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("changes", CACHED.values(), ids=CACHED)
+@pytest.mark.usefixtures("buffers")
+def test_deep_features_stay_where_they_are(
+    make_toy_bundle: Callable[..., Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    bundle = make_toy_bundle(tmp_path / "bundle", step_cache=True)
+    request = replace(PLAIN, steps=10, **changes)
+    assert differ(Pipeline.open(bundle, ON_BUFFERS), Pipeline.open(bundle, ONE), request) < 2e-6  # measured: 3.4e-7
+
+
+@pytest.mark.usefixtures("buffers")
+@pytest.mark.parametrize("timesteps", ["float32", "float16"])
+def test_fp16_latents_go_from_step_to_step_in_fp32(
+    make_toy_bundle: Callable[..., Path], rewrite_manifest: Callable[..., None], tmp_path: Path, timesteps: str
+) -> None:
+    bundle = make_toy_bundle(tmp_path / "half", dtype="float16")
+    if timesteps == "float32":  # as every export writes them
+        with_wide_timesteps(bundle, rewrite_manifest)
+    device, host = Pipeline.open(bundle, ON_BUFFERS), Pipeline.open(bundle, ONE)
+    assert isinstance(device._engines["unet"], Sampler) == (timesteps == "float32")
+    # measured: 3.4e-4; what the U-Net is fed differs in its last bit now and then
+    assert differ(device, host, PLAIN) < 2e-3
+    [(_, latents), *_] = steps(device, PLAIN)
+    assert latents.dtype == np.float32
+
+
+def with_wide_timesteps(folder: Path, rewrite_manifest: Callable[..., None]) -> None:
+    path = folder / "unet" / "model.onnx"
+    model = onnx.load(path)
+    for node in model.graph.node:
+        node.input[:] = ["narrow" if name == "timestep" else name for name in node.input]
+    model.graph.node.insert(0, onnx.helper.make_node("Cast", ["timestep"], ["narrow"], to=onnx.TensorProto.FLOAT16))
+    model.graph.input[1].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    onnx.save(model, path)
+    records = {name: vars(record) for name, record in bundles.file_records(folder).items()}
+
+    def change(content: dict[str, Any]) -> None:
+        content["files"] = records
+        content["components"]["unet"]["inputs"][1]["dtype"] = "float32"
+
+    rewrite_manifest(folder, change)
+
+
+@pytest.mark.usefixtures("buffers")
+def test_other_components_give_what_they_give_on_the_host(toy_bundle: Path) -> None:
+    device, host = Pipeline.open(toy_bundle, ON_BUFFERS), Pipeline.open(toy_bundle, ONE)
+    for _ in range(3):  # the buffers of the first call serve the others
+        [ours], [wanted] = ([i for i in p.generate([PLAIN]) if isinstance(i, Images)] for p in (device, host))
+        assert int(np.abs(ours.pixels.astype(int) - wanted.pixels.astype(int)).max()) <= 1
+
+
+@pytest.mark.usefixtures("buffers")
+def test_a_loop_that_is_closed_leaves_the_next_picture_alone(toy_bundle: Path) -> None:
+    device, host = Pipeline.open(toy_bundle, ON_BUFFERS), Pipeline.open(toy_bundle, ONE)
+    started = device.generate([PLAIN])
+    next(started)
+    started.close()
+    assert differ(device, host, replace(PLAIN, seed=9)) < 2e-6
+
+
+@pytest.mark.usefixtures("buffers")
+def test_buffers_of_few_shapes_are_kept(toy_bundle: Path) -> None:
+    device, host = Pipeline.open(toy_bundle, ON_BUFFERS), Pipeline.open(toy_bundle, ONE)
+    for width in (64, 128, 192, 256, 320, 384, 64):
+        assert differ(device, host, replace(PLAIN, width=width, steps=2)) < 2e-6
+    unet: Any = device._engines["unet"]
+    assert len(unet._bound) == len(unet._walks) == cuda._KEPT
+
+
+def test_graphs_are_numbered_until_no_more_are_captured() -> None:
+    numbers = cuda._Numbers(cuda.CUDA)
+    given = [numbers.next() for _ in range(cuda._CAPTURED + 2)]
+    assert given == [*range(1, cuda._CAPTURED + 1), None, None]
+    assert cuda._Numbers(HERE).next() is None
+
+
+@pytest.mark.usefixtures("buffers")
+def test_a_failure_on_the_way_is_one_sentence(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Pipeline.open(toy_bundle, ON_BUFFERS)
+
+    def fail(_: object) -> None:
+        raise RuntimeError("CUDA failure 700: an illegal memory access\nmore about it")
+
+    monkeypatch.setattr(cuda.Bound, "run", fail)
+    schedule = make_schedule(device.bundle.scheduler_config, steps=2)
+    unet: Any = device._engines["unet"]
+    walk = unet.sample(schedule, np.zeros((1, 4, 8, 8), np.float32), np.zeros((1, 77, 16), np.float32), None)
+    with pytest.raises(EngineError, match=r"^unet failed at latents \[1, 4, 8, 8\], context .*illegal memory access$"):
+        next(walk)
+
+
+def test_the_loop_on_the_host_is_a_samplers_in_all_but_the_unet() -> None:
+    """Both are called alike, so their arguments must not drift apart."""
+    host = list(inspect.signature(sample).parameters.values())[1:]
+    device = list(inspect.signature(cuda.CudaUNet.sample).parameters.values())[1:]
+    named = list(inspect.signature(engines.Sampler.sample).parameters.values())[1:]
+    assert [p.name for p in host] == [p.name for p in device] == [p.name for p in named]
