@@ -12,7 +12,7 @@ from pathlib import Path
 from bksdm import checkpoint as checkpoints
 from bksdm import lora
 from bksdm.checkpoint import Checkpoint
-from bksdm_export import bundle_files, graphs, memory, report, to_onnx
+from bksdm_export import bundle_files, fuse, graphs, memory, report, to_onnx
 from bksdm_export.divergence import Divergence, first_divergence
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_space, resolve, whole_or_nothing
@@ -41,6 +41,7 @@ from bksdm_export.reference import (
 from bksdm_export.report import GraphFacts
 from bksdm_export.storage import round_weights, store
 from bksdm_export.verify import (
+    CUDA,
     TOLERANCES,
     Parity,
     Rounding,
@@ -54,6 +55,7 @@ from bksdm_export.verify import (
 from bksdm_export.wrappers import Wrapper, wrap
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.bundle import Bundle, BundleError, Component
+from bksdm_runtime.engine import has_cuda
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +218,10 @@ def export_graph(
         to_onnx.release(exact)
     elif storage != precision:
         store(model, storage)
-    to_onnx.save(model, path, shared)
+    to_onnx.save(model, path, path if precision == "fp16" and shared is None else shared)
+    if precision == "fp16":  # a GPU's
+        log.info("%s: fused for ONNX Runtime's CUDA provider: %s", name, fuse.fuse(model))
+        to_onnx.save(model, fuse.fused_path(path), shared or path)
     seconds = time.perf_counter() - started
     facts = GraphFacts(len(model.graph), to_onnx.weight_bytes(model), seconds, islands, sensitive)
     to_onnx.release(model)
@@ -257,6 +262,9 @@ def _compare(
     for name, cases in reference.cases.items():
         progress(f"{name}: comparing with PyTorch ({len(cases)} cases)")
         compared[name] = verify_component(bundle, name, cases)
+        if bundle.manifest.precision == "fp16" and has_cuda():
+            progress(f"{name}: comparing the fused graph with PyTorch, on the GPU")
+            compared[name] += verify_component(bundle, name, cases, CUDA)
         memory.give_back()
     progress(f"drawing {len(reference.pictures)} pictures with the exported graphs")
     pictures = verify_pictures(bundle, reference)

@@ -25,6 +25,7 @@ from bksdm_runtime.tokenizer import Tokenizer, TokenizerError
 
 # Whatever is installed: the tolerances below were measured on it, and another backend rounds differently.
 ORT = EngineSettings(backend="onnxruntime")
+CUDA = EngineSettings(backend="cuda")
 
 
 @dataclass(frozen=True)
@@ -182,19 +183,22 @@ def verify_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
             )
 
 
-def verify_component(bundle: Bundle, component: str, cases: Sequence[Case]) -> tuple[Comparison, ...]:
+def verify_component(
+    bundle: Bundle, component: str, cases: Sequence[Case], settings: EngineSettings = ORT
+) -> tuple[Comparison, ...]:
     """Run one graph through the runtime's own engine on every case."""
+    suffix = "" if settings is ORT else f", {settings.backend}"
     compared: list[Comparison] = []
     engine: Engine | None = None
     for case in cases:
         try:
-            engine = engine or open_engine(bundle, component, ORT)
+            engine = engine or open_engine(bundle, component, settings)
             outputs = engine(case.inputs)
         except EngineError as error:
-            compared.append(Comparison(case.label, math.inf, str(error)))
+            compared.append(Comparison(case.label + suffix, math.inf, str(error)))
             continue
         [(name, expected)] = case.outputs.items()
-        compared.append(compare(case.label, outputs[name], expected))
+        compared.append(compare(case.label + suffix, outputs[name], expected))
     return tuple(compared)
 
 

@@ -64,6 +64,15 @@ class Bundle:
             raise BundleError(f"bundle {self.root} has no {name} (it has {has})")
         return self.root / self.manifest.components[name].path
 
+    def fused_path(self, name: str) -> Path:
+        """Path of a component's graph in ONNX Runtime's own operators, for its CUDA provider; of the plain one if none.
+
+        Raises BundleError when the bundle has no such component.
+        """
+        plain = self.component_path(name)
+        fused = plain.with_name(f"{plain.stem}_cuda.onnx")
+        return fused if fused.relative_to(self.root).as_posix() in self.manifest.files else plain
+
 
 def load(folder: Path | str, *, verify: bool = True) -> Bundle:
     """Open a bundle and check all of it: schema, paths, sizes, shapes, and with `verify` the SHA-256 of every file.

@@ -6,6 +6,7 @@ What this does not show: the CUDA provider itself, graph capture, and how fast a
 from __future__ import annotations
 
 import inspect
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from PIL import Image
 
 from bksdm_export.step_graph import FOLDER, build
 from bksdm_runtime import bundle as bundles
+from bksdm_runtime import devices
 from bksdm_runtime import engine as engines
 from bksdm_runtime.backends import cuda
 from bksdm_runtime.backends.cuda import Place
@@ -88,10 +90,10 @@ def test_a_batch_an_init_image_and_one_picture_after_another(toy_bundle: Path) -
 
 
 CACHED: dict[str, dict[str, Any]] = {
-    "guided": {"cache_interval": 3},
-    "guided at first": {"cache_interval": 2, "guidance_interval": (0.0, 0.5)},
-    "guided at last": {"cache_interval": 3, "guidance_interval": (0.5, 1.0)},
-    "unguided": {"cache_interval": 2, "guidance_scale": 1.0},
+    "cached, guided": {"cache_interval": 3},
+    "cached, guided at first": {"cache_interval": 2, "guidance_interval": (0.0, 0.5)},
+    "cached, guided at last": {"cache_interval": 3, "guidance_interval": (0.5, 1.0)},
+    "cached, unguided": {"cache_interval": 2, "guidance_scale": 1.0},
 }
 
 
@@ -192,3 +194,91 @@ def test_the_loop_on_the_host_is_a_samplers_in_all_but_the_unet() -> None:
     device = list(inspect.signature(cuda.CudaUNet.sample).parameters.values())[1:]
     named = list(inspect.signature(engines.Sampler.sample).parameters.values())[1:]
     assert [p.name for p in host] == [p.name for p in device] == [p.name for p in named]
+
+
+# On a GPU. Each is also in the provider's own arithmetic and kernels, captured as CUDA graphs.
+on_a_gpu = pytest.mark.skipif(not engines.has_cuda(), reason="needs onnxruntime-gpu and a CUDA device")
+REAL = EngineSettings(backend="cuda")
+HOST = EngineSettings(backend="onnxruntime")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("changes", [*CHANGES.values(), *CACHED.values()], ids=[*CHANGES, *CACHED])
+def test_a_gpu_has_the_latents_of_the_host(
+    make_toy_bundle: Callable[..., Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    bundle = make_toy_bundle(tmp_path / "bundle", step_cache=True)
+    device, host = Pipeline.open(bundle, REAL), Pipeline.open(bundle, HOST)
+    for seed in (3, 4):  # the second from graphs that the first captured
+        assert differ(device, host, replace(PLAIN, seed=seed, **changes)) < 1e-4
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_a_gpu_draws_the_demo_as_the_host_does_at_every_size() -> None:
+    device, host = Pipeline.open(bundles.demo(), REAL), Pipeline.open(bundles.demo(), HOST)
+    request = Request("a red apple", seed=1, steps=8)
+    [ours], [wanted] = device.draw([request]), host.draw([request])
+    assert np.abs(ours.astype(int) - wanted.astype(int)).mean() < 0.1
+    for height, width in ((256, 256), (512, 384), (768, 768), (1024, 1024), (64, 72)):
+        [picture] = device.draw([replace(request, height=height, width=width, steps=2)])  # NaN is an error
+        assert picture.shape == (height, width, 3)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_graphs_change_nothing_and_a_hundred_pictures_take_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = Pipeline.open(bundles.demo(), REAL)
+    request = Request("a red apple", seed=1, steps=4)
+    [first] = captured.draw([request])
+    captured.draw([replace(request, seed=2)])
+    before = used_memory()
+    for seed in range(100):
+        captured.draw([replace(request, seed=seed)])
+    assert used_memory() - before < 16 << 20
+    [last] = captured.draw([request])
+    assert (first == last).all()
+    place = replace(cuda.CUDA, captures=False)
+    monkeypatch.setattr(cuda, "open_component", partial(cuda.open_component, place=place))
+    [plain] = Pipeline.open(bundles.demo(), REAL).draw([request])
+    assert (plain == first).all()
+
+
+def used_memory() -> int:
+    asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.check_output(asked, text=True).splitlines()[0]) << 20
+
+
+def test_auto_takes_cuda_where_there_is_a_device(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engines, "cuda_devices", lambda: 1)
+    monkeypatch.setattr(engines.metadata, "version", lambda name: {"onnxruntime-gpu": "1.31.1"}[name])
+    with caplog.at_level("INFO"):
+        assert engines.resolve_backend("auto") == "cuda"
+    assert "because onnxruntime-gpu is installed and there is a CUDA device" in caplog.text
+    monkeypatch.setattr(engines, "cuda_devices", lambda: 0)
+    assert engines.resolve_backend("auto") in ("openvino", "onnxruntime")
+
+
+def test_without_a_driver_there_are_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: str) -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", absent)
+    assert devices.cuda_devices() == 0
+
+
+@pytest.mark.parametrize(("started", "counted", "expected"), [(0, 0, 2), (100, 0, 0), (0, 100, 0)])
+def test_devices_are_the_drivers(monkeypatch: pytest.MonkeyPatch, started: int, counted: int, expected: int) -> None:
+    class Driver:
+        def cuInit(self, _: int) -> int:  # noqa: N802
+            return started
+
+        def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+            count._obj.value = 2
+            return counted
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda _: Driver())
+    assert devices.cuda_devices() == expected

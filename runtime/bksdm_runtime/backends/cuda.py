@@ -373,7 +373,7 @@ def open_component(bundle: Bundle, component: str, settings: EngineSettings, pla
     arithmetic = arithmetic_of(bundle, settings)
     if place.device == "cuda":
         _preload_cuda()
-    path = str(bundle.component_path(component))
+    path = str(bundle.fused_path(component))
     facts = bundle.manifest.components[component]
     session = open_session(
         component, path, settings.backend, place.provider, session_options(threads_of(settings), bundle)

@@ -1,0 +1,258 @@
+"""Stable Diffusion on a GPU: this runtime's CUDA provider against diffusers, eager and compiled, in one run.
+
+    python benchmarks/gpu.py --variants tiny sd-v1.4 --rounds 2 --json gpu-report.json
+    python benchmarks/gpu.py --page gpu-report.json        writes docs/gpu.md's tables and chart from a report
+
+Random weights at true architecture, fp16, guidance on, PNDM, the same prompt, seeds and noise. A round is a fresh
+process of each contender in turn; in it whole pictures, then the stages alone, each after a warm-up. Medians and 95th
+percentiles are over all rounds, ratios within a round. FLOP/s of the U-Net count attention's products; its share is of
+the fastest fp16 matrix product that the same card reached in the same run. Larger batches are drawn by ours and eager
+diffusers, of the first variant, in the first round. Exit 1 where one of ours failed or an aim is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+SOURCES = [str(REPOSITORY / folder) for folder in (".", "export", "runtime")]
+PROMPT, SEED, GUIDANCE = "a red apple on a white table, studio photograph", 7, 7.5
+OURS, EAGER, COMPILED = "ours, CUDA provider", "diffusers, eager", "diffusers, compiled"
+# kind, options. Models are "bundle" and "checkpoint" of gpu_make.py.
+CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    OURS: ("ours", {}),
+    "ours, without CUDA graphs": ("ours", {"graphs": False}),
+    "ours, graphs as ONNX writes them": ("ours", {"fused": False}),
+    EAGER: ("diffusers", {}),
+    COMPILED: ("diffusers", {"compiled": True}),
+}
+MODELS = {"ours": "bundle", "diffusers": "checkpoint"}
+ELSEWHERE = (OURS, EAGER)  # of variants after the first, unless --contenders names others
+AIMS = {"ratio": 1.5, "share": 0.35}  # of the first variant: a whole picture to COMPILED's; the U-Net to the peak
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = _arguments(arguments)
+    if chosen.page is not None:
+        import gpu_page
+
+        gpu_page.write(REPOSITORY / "docs", json.loads(chosen.page.read_text(encoding="utf-8")))
+        return 0
+    chosen.cache.mkdir(parents=True, exist_ok=True)
+    peak = _run(chosen, {"kind": "peak"}, "peak")
+    if "failed" in peak:
+        print(f"no GPU to measure: {peak['failed']}", file=sys.stderr)
+        return 1
+    task = {key: getattr(chosen, key) for key in ("size", "steps", "pictures")}
+    written: dict[str, Any] = {"task": {**task, "guidance": GUIDANCE}, "peak": peak, "variants": {}}
+    print(f"{peak['device']}: {peak['flops'] / 1e12:.0f} TFLOP/s fp16", flush=True)
+    _make(chosen)
+    for number, variant in enumerate(chosen.variants):
+        names = chosen.contenders or (CONTENDERS if number == 0 else ELSEWHERE)
+        part: dict[str, Any] = {"work": _work(chosen, variant), "rounds": []}
+        written["variants"][variant] = part
+        for turn in range(chosen.rounds if number == 0 else 1):
+            part["rounds"].append({})
+            for name in names:
+                larger = chosen.batches if number == turn == 0 and name in ELSEWHERE else []
+                batches = [1, *(batch for batch in larger if batch != 1)]
+                part["rounds"][-1][name] = _contend(chosen, variant, name, {**task, "batches": batches})
+                print(f"{variant:8} {name:34} {line(part['rounds'][-1][name])}", flush=True)
+                _save(chosen.json, written)
+    written["figures"] = figures(written)
+    _save(chosen.json, written)
+    print(json.dumps(written["figures"], indent=1))
+    return 0 if all(aim["met"] for aim in written["figures"]["aims"].values()) else 1
+
+
+def _contend(chosen: argparse.Namespace, variant: str, name: str, task: dict[str, Any]) -> dict[str, Any]:
+    kind, options = CONTENDERS[name]
+    folder = chosen.cache / variant
+    return _run(
+        chosen,
+        {
+            **task,
+            "kind": kind,
+            "options": options,
+            "model": str(folder / MODELS[kind]),
+            "prompt": PROMPT,
+            "seed": SEED,
+            "guidance": GUIDANCE,
+            "picture": str(folder / f"{_plain(name)}.npy"),
+        },
+        f"{variant}-{_plain(name)}",
+    )
+
+
+def _plain(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def _run(chosen: argparse.Namespace, task: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a contender's process wrote, or why it wrote nothing under "failed"."""
+    answer, log = chosen.cache / f"{name}.json", chosen.cache / f"{name}.log"
+    answer.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / "gpu_contender.py"), json.dumps(task), str(answer)]
+    with log.open("wb") as output:
+        try:
+            code = subprocess.run(
+                command, stdout=output, stderr=output, env=_environment(), timeout=chosen.limit, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return {"failed": f"took more than {chosen.limit} s"}
+    if code or not answer.is_file():
+        said = [text.strip() for text in log.read_text(errors="replace").splitlines() if text.strip()]
+        return {"failed": said[-1][:300] if said else f"exit code {code}"}
+    return json.loads(answer.read_text())
+
+
+def _environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")]),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _make(chosen: argparse.Namespace) -> None:
+    """The models that are not there yet, side by side: each is made on a CPU."""
+
+    def make(variant: str) -> None:
+        folder = chosen.cache / variant
+        if (folder / "bundle" / "bundle.json").is_file():  # written last
+            return
+        log = chosen.cache / f"{variant}.log"
+        with log.open("wb") as output:
+            command = [sys.executable, str(HERE / "gpu_make.py"), variant, str(folder)]
+            subprocess.run(command, stdout=output, stderr=output, env=_environment(), check=True)
+
+    with ThreadPoolExecutor(len(chosen.variants)) as pool:
+        list(pool.map(make, chosen.variants))
+
+
+def _work(chosen: argparse.Namespace, variant: str) -> dict[str, float]:
+    """FLOPs of a guided step, of a decode; MACs of the U-Net."""
+    command = [sys.executable, str(HERE / "cpu_machine.py"), "work", str(chosen.cache / variant / "checkpoint")]
+    said = subprocess.check_output([*command, str(chosen.size)], env=_environment(), text=True)
+    return json.loads(said.splitlines()[-1])
+
+
+def line(result: dict[str, Any]) -> str:
+    """One process in one line."""
+    if "failed" in result:
+        return f"failed: {result['failed']}"
+    one = result["batches"]["1"]
+    stages = ", ".join(f"{name} {median(seconds) * 1e3:.2f} ms" for name, seconds in one["stages"].items())
+    more = "".join(
+        f", batch {batch}: {int(batch) / median(part['seconds']):.1f} pictures/s"
+        for batch, part in result["batches"].items()
+        if batch != "1"
+    )
+    return f"{median(one['seconds']) * 1e3:.0f} ms a picture, {stages}{more}"
+
+
+def figures(written: dict[str, Any]) -> dict[str, Any]:
+    """Medians and 95th percentiles by variant, contender and batch, ratios to ours, and the aims."""
+    found: dict[str, Any] = {"variants": {}}
+    peak = written["peak"]["flops"]
+    for variant, part in written["variants"].items():
+        names = dict.fromkeys(name for one in part["rounds"] for name in one)
+        found["variants"][variant] = {
+            name: _of_contender([one.get(name, {"failed": "not run"}) for one in part["rounds"]], part, peak)
+            for name in names
+        }
+        for name, mine in found["variants"][variant].items():
+            if "failed" not in mine:
+                mine["times_ours"] = _ratios(part["rounds"], name, OURS)
+    first = next(iter(found["variants"]))
+    ratios = _ratios(written["variants"][first]["rounds"], COMPILED, OURS)
+    share = found["variants"][first].get(OURS, {}).get("1", {}).get("share")
+    found["aims"] = {
+        "a picture, times compiled diffusers": {
+            "aim": AIMS["ratio"],
+            "found": ratios,
+            "met": bool(ratios and ratios[0] >= AIMS["ratio"]),
+        },
+        "share of the matrix peak in the U-Net": {
+            "aim": AIMS["share"],
+            "found": share,
+            "met": bool(share and share >= AIMS["share"]),
+        },
+    }
+    return found
+
+
+def _of_contender(results: Sequence[dict[str, Any]], part: dict[str, Any], peak: float) -> dict[str, Any]:
+    done = [result for result in results if "failed" not in result]
+    if not done:
+        return {"failed": results[0]["failed"]}
+    found: dict[str, Any] = {
+        "first_picture": median(result["first_picture"] for result in done),
+        "memory": max((result["memory"] or 0) for result in done) or None,
+        "versions": done[0]["versions"],
+    }
+    for batch in done[0]["batches"]:
+        parts = [result["batches"][batch] for result in done if batch in result["batches"]]
+        seconds = sorted(s for one in parts for s in one["seconds"])
+        stages = {name: median(s for one in parts for s in one["stages"][name]) for name in parts[0]["stages"]}
+        flops = int(batch) * part["work"]["guided_step"] / stages["unet"]
+        found[batch] = {
+            "seconds": median(seconds),
+            "p95": seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))],
+            "pictures_per_second": int(batch) / median(seconds),
+            "stages": stages,
+            "evaluations_per_second": 1 / stages["unet"],
+            "flops": flops,
+            "share": flops / peak,
+        }
+    return found
+
+
+def _ratios(rounds: Sequence[dict[str, Any]], name: str, reference: str) -> list[float] | None:
+    """How many times as long as the reference a picture takes, in each round: [median, least, most]."""
+    found = [
+        median(one[name]["batches"]["1"]["seconds"]) / median(one[reference]["batches"]["1"]["seconds"])
+        for one in rounds
+        if all("batches" in one.get(which, {}) for which in (name, reference))
+    ]
+    return [median(found), min(found), max(found)] if found else None
+
+
+def _save(path: Path, written: dict[str, Any]) -> None:
+    half = path.with_name(f".{path.name}")
+    half.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    half.replace(path)
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=["tiny"], help="the first with all contenders and rounds")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help="only these, everywhere")
+    parser.add_argument("--batches", type=int, nargs="*", default=[4, 8], help="besides 1")
+    parser.add_argument("--size", type=int, default=512, help="pixels, square")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--pictures", type=int, default=20, help="of batch 1, timed in a process")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=1800, help="seconds that a process may take")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "bksdm-gpu", help="models, kept")
+    parser.add_argument("--json", type=Path, default=Path("gpu-report.json"))
+    parser.add_argument("--page", type=Path, metavar="JSON", help="write docs/gpu.md from a report; measures nothing")
+    chosen = parser.parse_args(arguments)
+    if min(chosen.rounds, chosen.pictures, chosen.steps) < 1:
+        parser.error("--rounds, --pictures and --steps are at least 1")
+    chosen.cache = chosen.cache.resolve()
+    return chosen
+
+
+if __name__ == "__main__":
+    sys.exit(main())
