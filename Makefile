@@ -15,6 +15,7 @@ NEWEST_TESTS ?= tests/bksdm tests/evaluation tests/training $(addprefix tests/ex
 RUN := .venv-run
 DEV := .venv
 NEWEST := .venv-newest
+GPU := .venv-gpu
 BIN := $(DEV)/bin
 
 .PHONY: run test check format lint types contracts slow exhaustive gpu-check wheel-check newest-check demo demo-teacher clean
@@ -46,8 +47,8 @@ slow: $(DEV)/.ready           # full-size graphs, kills, whole trainings: minute
 exhaustive: $(DEV)/.ready     # every size and variant of what `slow` has a few of
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m exhaustive
 
-gpu-check: $(DEV)/.ready      # what needs a CUDA device
-	$(BIN)/python -m pytest -m gpu
+gpu-check: $(GPU)/.ready      # what needs a CUDA device; each test's name as it ends
+	$(GPU)/bin/python -m pytest -v -m gpu
 
 wheel-check: $(DEV)/.ready    # what a user installs: the wheel with one extra, in an empty environment, on each Python
 	DEV="$(DEV)" bash .ci/wheel-check
@@ -72,6 +73,15 @@ $(NEWEST)/.ready: pyproject.toml constraints-newest.txt
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet $$(grep '^torch==' constraints-newest.txt)
 	$(NEWEST)/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[export,training,evaluation]" pytest pytest-xdist hypothesis scipy
+	@touch $@
+
+# onnxruntime and onnxruntime-gpu share their files: one goes before the other comes.
+$(GPU)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(GPU)
+	$(GPU)/bin/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(GPU)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(GPU)/bin/python -m pip uninstall --quiet --yes onnxruntime
+	$(GPU)/bin/python -m pip install --quiet -c constraints.txt -e ".[cuda]"
 	@touch $@
 
 demo: $(DEV)/.ready           # distil the demo, its teacher's small student, anew and put it in its two places
@@ -100,4 +110,4 @@ demo-teacher: $(DEV)/.ready   # train the demo's teacher anew, in the two runs t
 		-o checkpoints/demo-teacher/scores.json
 
 clean:
-	rm -rf $(RUN) $(DEV) $(NEWEST) dist build .pytest_cache .ruff_cache
+	rm -rf $(RUN) $(DEV) $(NEWEST) $(GPU) dist build .pytest_cache .ruff_cache

@@ -81,6 +81,10 @@ for part, wanted in (("unet", "out_sample"), ("vae_decoder", "sample")):
     for result in model.get_results():
         if wanted not in result.input_value(0).names:
             model.remove_result(result)
+    if part == "unet":  # GenAI hands timesteps on as it finds them in Optimum's exports
+        steps = openvino.preprocess.PrePostProcessor(model)
+        steps.input("timestep").tensor().set_element_type(openvino.Type.i64)
+        model = steps.build()
     openvino.save_model(model, output / part / "openvino_model.xml")
 """
 _EXPORT = "from bksdm_export.cli import main; main()"

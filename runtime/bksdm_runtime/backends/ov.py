@@ -30,6 +30,8 @@ _library = cast(Any, openvino)  # its own types say little; what comes out of it
 # guidance); each holds its own copy of the weights, see docs/cpu.md.
 _KEPT_SHAPES = 2
 
+_DECOMPRESSION = "decompression_0"  # what ov::mark_as_decompression sets; only its presence is read
+
 _DTYPES = {"f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64"}
 
 
@@ -44,6 +46,7 @@ class _Model(Protocol):
     outputs: list[_Port]
 
     def reshape(self, shapes: Mapping[str, Sequence[int]]) -> None: ...
+    def get_ops(self) -> Sequence[Any]: ...
 
 
 class _Request(Protocol):
@@ -193,7 +196,21 @@ def _read(path: Path, name: str, component: Component) -> _Model:
         raise EngineError(f"{name}: OpenVINO cannot open {path}: {_reason(error)}") from error
     check_tensors(name, "input", component.inputs, _specs(model.inputs, component.inputs))
     check_tensors(name, "output", component.outputs, _specs(model.outputs, component.outputs))
+    _leave_halves(model)
     return model
+
+
+def _leave_halves(model: _Model) -> None:
+    """Mark what makes float32 of weights stored as fp16 as OpenVINO's own files have it: decompression.
+
+    Else it is folded as the graph is compiled, all of it to float32 before any of it is packed. Tiny's U-Net in bf16, the
+    same output to the last bit: compiled in 0.64 s instead of 3.4, with 1.6 GB resident at most instead of 2.5.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() == "Convert":
+            source = node.input_value(0).get_node()
+            if source.get_type_name() == "Constant" and source.get_output_element_type(0).get_type_name() == "f16":
+                node.get_rt_info()[_DECOMPRESSION] = True
 
 
 def _specs(ports: Sequence[_Port], promised: Sequence[TensorSpec]) -> list[TensorSpec]:
