@@ -32,7 +32,7 @@ TRACED_SIZES = {"batch": 2, "height": 16, "width": 24, "image_height": 128, "ima
 
 # ONNX is protobuf, which cannot pass 2 GiB; and long before that a separate file of weights, mapped rather than
 # parsed, halves the memory that a reader needs. Below this one file is handier.
-EXTERNAL_DATA_BYTES = 256 * 1024 * 1024
+EXTERNAL_DATA_BYTES = 32 * 1024 * 1024
 EXTERNAL_DATA_SUFFIX = "_data"  # model.onnx_data, as Optimum names it
 
 _TORCH_DTYPES = {

@@ -84,6 +84,15 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class Preparing(Protocol):
+    """An engine that has work to do once for each set of shapes, and can do it in a thread before it is called."""
+
+    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Do it for inputs of these shapes, by name. Raises nothing: what cannot be done, the call will report."""
+        ...
+
+
+@runtime_checkable
 class Sampler(Protocol):
     """A U-Net's engine that walks from noise to latents by itself, without bringing each step to the host."""
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from bksdm_runtime.engine import (
     Engine,
     EngineError,
     EngineSettings,
+    Preparing,
     Sampler,
     open_engine,
     resolve_backend,
@@ -275,6 +277,7 @@ class Pipeline:
             guided = batch.guided
             negatives = [request.negative_prompt for request in batch.requests] if guided else []
             texts = [*negatives, *(request.prompt for request in batch.requests)]
+            self._prepare(batch)
             if len(contexts) > _KEPT_CONTEXTS:
                 contexts = {text: contexts[text] for text in set(texts) & contexts.keys()}
             for text in texts:
@@ -303,6 +306,26 @@ class Pipeline:
             for i, (position, request) in enumerate(zip(batch.positions, batch.requests, strict=True)):
                 pixels = self.decode(latents[i : i + 1], request.vae_tile)
                 yield Images((position,), (request,), pixels, len(latents), (i,))
+
+    def _prepare(self, batch: Batch) -> None:
+        """Have U-Net and decoder begin, beside the text encoder, what they do once for each shape."""
+        model = self.bundle.manifest.model
+        rows = 2 * len(batch.requests) if batch.evaluations[0].guided else len(batch.requests)
+        h, w = batch.height // model.vae_scale_factor, batch.width // model.vae_scale_factor
+        wanted = {
+            "unet": {
+                "sample": (rows, model.latent_channels, h, w),
+                "timestep": (rows,),
+                "encoder_hidden_states": (rows, model.tokens, model.context_dim),
+            },
+            "vae_decoder": {"latent_sample": (1, model.latent_channels, h, w)},
+        }
+        if batch.requests[0].vae_tile is not None:
+            del wanted["vae_decoder"]  # tiles come in several shapes
+        for component, shapes in wanted.items():
+            engine = self._engines[component]
+            if isinstance(engine, Preparing):
+                Thread(target=engine.prepare, args=(shapes,), daemon=True).start()
 
     def _engine(self, component: str) -> Engine:
         """One that only some requests need, opened when the first of them comes."""

@@ -72,9 +72,7 @@ def test_the_page_says_what_its_report_says(gpu: ModuleType) -> None:
     assert (REPOSITORY / "docs" / page.CHART).is_file()
 
 
-def test_our_side_draws_and_times_its_stages(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_our_side_draws_and_times_its_stages(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     contender = importlib.import_module("gpu_contender")
     place = Place(CPU, "cpu", captures=False)
     monkeypatch.setattr(cuda, "open_component", partial(cuda.open_component, place=place))
@@ -104,4 +102,3 @@ def test_without_a_gpu_it_says_so(gpu: ModuleType, tmp_path: Path, capsys: pytes
     assert gpu.main(["--cache", str(tmp_path / "cache"), "--json", str(tmp_path / "report.json")]) == 1
     assert capsys.readouterr().err.startswith("no GPU to measure: ")
     assert not (tmp_path / "report.json").exists()
-
