@@ -51,7 +51,8 @@ def _figures(result: Result, reference: Result | None, work: Result, peaks: Mapp
     best = min(step for sample in samples for drawn in sample["drawn"] for step in drawn["steps"])
     reached = {
         "step_gflops": work["guided_step"] / best / 1e9,
-        "share_of_peak": work["guided_step"] / best / 1e9 / peaks[result["arithmetic"]],
+        # Where a step is not the whole graph in that arithmetic there is no such share.
+        "share_of_peak": work["guided_step"] / best / 1e9 / peaks[result["arithmetic"]] if result["exact"] else None,
     }
     same = reference is not None
     return {

@@ -68,7 +68,7 @@ def _contenders(figures: Mapping[str, Any]) -> str:
         "text s": lambda f: _seconds(f["text"]),
         "step s": lambda f: _seconds(f["step"]),
         "decode s": lambda f: _seconds(f["decode"]),
-        "of peak": lambda f: f"{f['share_of_peak']:.0%}",
+        "of peak": lambda f: "" if f["share_of_peak"] is None else f"{f['share_of_peak']:.0%}",
         "peak GB": lambda f: f"{f['peak'] / 1e9:.2f}",
         "first step s": lambda f: f"{f['first_step'][0]:.1f}",
         "first picture s": lambda f: f"{f['first_picture'][0]:.1f}",

@@ -26,8 +26,9 @@ def write(docs: Path, written: Mapping[str, Any]) -> None:
 def tables(written: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     task, peak = written["task"], written["peak"]
     parts = [
-        f"{peak['device']}, {peak['flops'] / 1e12:.0f} TFLOP/s in an 8192 x 8192 fp16 matrix product; {task['size']} px, "
-        f"{task['steps']} PNDM steps (one evaluation more), guidance on, fp16, {task['pictures']} pictures a process."
+        f"{peak['device']}, {peak['flops'] / 1e12:.0f} TFLOP/s in an 8192 x 8192 fp16 matrix product; "
+        f"{task['size']} px, {task['steps']} PNDM steps (one evaluation more), guidance on, fp16, "
+        f"{task['pictures']} pictures a process."
     ]
     for variant, contenders in figures["variants"].items():
         part = written["variants"][variant]

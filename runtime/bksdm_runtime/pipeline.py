@@ -325,7 +325,7 @@ class Pipeline:
         for component, shapes in wanted.items():
             engine = self._engines[component]
             if isinstance(engine, Preparing):
-                Thread(target=engine.prepare, args=(shapes,), daemon=True).start()
+                Thread(target=engine.prepare, args=(shapes,)).start()  # no daemon: the library must end before us
 
     def _engine(self, component: str) -> Engine:
         """One that only some requests need, opened when the first of them comes."""

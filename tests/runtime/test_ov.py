@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.bundle import Bundle
-from bksdm_runtime.engine import EngineError, EngineSettings, MissingBackend, open_engine
+from bksdm_runtime.engine import EngineError, EngineSettings, MissingBackend, Preparing, open_engine
 from bksdm_runtime.pipeline import Pipeline, Request
 
 pytest.importorskip("openvino", reason="needs openvino: pip install 'bksdm[openvino]'")
@@ -171,6 +172,39 @@ def test_each_shape_is_compiled_once_and_two_are_kept(bundle: Bundle, compiled: 
     assert [len(result) for result in results] == [1, 2, 1, 2, 3, 2, 1, 2]
     np.testing.assert_array_equal(results[0], results[6])
     np.testing.assert_array_equal(results[1], results[7])
+
+
+def test_a_shape_that_was_prepared_is_not_compiled_again(bundle: Bundle, compiled: list[Any]) -> None:
+    engine: Any = open_engine(bundle, "unet", F32)
+    assert isinstance(engine, Preparing)
+    inputs = draw(bundle, "unet", 2, 8, 8)
+    shapes = {name: array.shape for name, array in inputs.items()}
+    threads = [Thread(target=engine.prepare, args=(shapes,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    engine(inputs)  # waits for whoever compiles it
+    for thread in threads:
+        thread.join()
+    assert [shapes for shapes, _ in compiled] == [[[2, 4, 8, 8], [2], [2, 77, 16]]]
+
+
+def test_what_cannot_be_prepared_is_left_to_the_call(bundle: Bundle) -> None:
+    engine: Any = open_engine(bundle, "unet", F32)
+    engine.prepare({"sample": (2, 3, 8, 8), "timestep": (2,), "encoder_hidden_states": (2, 77, 16)})
+    engine.prepare({})
+    assert engine(draw(bundle, "unet", 2, 8, 8))["out_sample"].shape == (2, 4, 8, 8)
+
+
+def test_weights_stored_as_fp16_are_unfolded_as_they_are_packed(demo: Bundle) -> None:
+    """As OpenVINO's own files say it; a version that reads the mark otherwise only takes more time and memory."""
+    engine: Any = open_engine(demo, "unet", F32)
+    halves = [node for node in engine.read().get_ops() if node.get_type_name() == "Convert" and _is_half(node)]
+    assert len(halves) > 100
+    assert all(ov._DECOMPRESSION in node.get_rt_info() for node in halves)
+
+
+def _is_half(node: Any) -> bool:
+    return node.get_input_element_type(0).get_type_name() == "f16"
 
 
 def test_outputs_belong_to_the_caller(bundle: Bundle) -> None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -269,6 +269,41 @@ def test_the_whole_unet_runs_every_so_many_evaluations_alone(cached: Pipeline) -
         assert calls == ["unet 1", "unet_shallow 1", "unet 2", "unet_shallow 2", "unet 2"]
     finally:
         cached._engines.update(before)
+
+
+def test_engines_are_told_the_shapes_that_come(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    class AtOnce(NamedTuple):
+        target: Callable[..., None]
+        args: tuple[Any, ...]
+
+        def start(self) -> None:
+            self.target(*self.args)
+
+    monkeypatch.setattr(pipelines, "Thread", AtOnce)
+
+    class Told:
+        def __init__(self, name: str, engine: Any) -> None:
+            self.name, self.engine = name, engine
+
+        def prepare(self, shapes: Any) -> None:
+            told[self.name] = dict(shapes)
+
+        def __call__(self, inputs: Any) -> Any:
+            given = {name: array.shape for name, array in inputs.items()}
+            assert self.name == "text_encoder" or told[self.name] == given
+            return self.engine(inputs)
+
+    before = dict(pipeline._engines)
+    try:
+        pipeline._engines.update({name: Told(name, engine) for name, engine in before.items()})
+        pipeline.draw([Request("a", steps=2, height=64, width=128), Request("b", steps=2, height=64, width=128)])
+        pipeline.draw([Request("a", steps=2, guidance_scale=1.0)])
+        assert told["unet"]["sample"] == (1, 4, 8, 8)
+    finally:
+        pipeline._engines.clear()
+        pipeline._engines.update(before)
 
 
 def test_tiles_of_a_pointwise_decoder_are_the_whole_picture(counted: tuple[Pipeline, dict[str, Counting]]) -> None:
