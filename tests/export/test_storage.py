@@ -107,14 +107,14 @@ def test_onnx_runtime_makes_fp32_of_them_once_as_it_loads(
     exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = bundles.load(exported("fp32", "int8"))
-    options = ort._session_options
+    options = ort.session_options
 
     def kept(threads: int, of: bundles.Bundle) -> object:
         chosen = options(threads, of)
         chosen.optimized_model_filepath = str(tmp_path / "loaded.onnx")
         return chosen
 
-    monkeypatch.setattr(ort, "_session_options", kept)
+    monkeypatch.setattr(ort, "session_options", kept)
     for component in graphs.COMPONENTS:
         open_engine(bundle, component, EngineSettings(backend="onnxruntime", threads=1))
         loaded = onnx.load(tmp_path / "loaded.onnx").graph
