@@ -48,6 +48,7 @@ exhaustive: $(DEV)/.ready     # every size and variant of what `slow` has a few 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m exhaustive
 
 gpu-check: $(GPU)/.ready      # what needs a CUDA device; each test's name as it ends
+	@$(GPU)/bin/python -c "from bksdm_runtime.engine import has_cuda; raise SystemExit(None if has_cuda() else 'gpu-check: no CUDA device here, nothing was checked')"
 	$(GPU)/bin/python -m pytest -v -m gpu
 
 wheel-check: $(DEV)/.ready    # what a user installs: the wheel with one extra, in an empty environment, on each Python

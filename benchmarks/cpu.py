@@ -87,6 +87,8 @@ def _begun(path: Path, machine: dict[str, Any], task: dict[str, Any]) -> dict[st
         begun = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--resume: {path} cannot be read: {error}") from error
+    if not all(isinstance(begun, dict) and isinstance(begun.get(key), dict) for key in ("machine", "task", "variants")):
+        raise ValueError(f"--resume: {path} is no report of this benchmark; leave out --resume")
     for name, now, free in (("machine", machine, ()), ("task", task, ("variants", "rounds"))):
         others = [key for key in now if key not in free and begun[name].get(key) != now[key]]
         if others:
@@ -115,15 +117,26 @@ def _variant(
             except MakeError as error:
                 _fail(result, str(error))
     work = _machine_figures("work", str(shop.model(CHECKPOINT)), str(chosen.size))
-    written["variants"][shop.variant] = {"work": work, "contenders": results}
+    chosen_now = {row.name for row in rows}
+    kept = [earlier for earlier in before if earlier["name"] not in chosen_now]  # measured before, not asked for now
+    written["variants"][shop.variant] = {"work": work, "contenders": _in_order([*results, *kept])}
     for number in range(1, chosen.rounds + 1):
         for row, result in zip(rows, results, strict=True):
-            if result["skipped"] is None and result["failed"] is None and len(result["samples"]) < number:
-                sample = _measure(chosen, shop, row, result, batches if number == chosen.rounds else ())
-                if sample is not None:
-                    result["samples"].append(sample)
-                    print(f"{number:2} {shop.variant:8} {row.name:34} {cpu_figures.line(sample)}", flush=True)
-                _save(chosen.json, written)
+            wanted = batches if number == chosen.rounds else ()
+            missing = len(result["samples"]) < number
+            if result["skipped"] or result["failed"] or not (missing or (wanted and not result["batches"])):
+                continue
+            sample = _measure(chosen, shop, row, result, wanted)
+            if sample is not None and missing:
+                result["samples"].append(sample)
+                print(f"{number:2} {shop.variant:8} {row.name:34} {cpu_figures.line(sample)}", flush=True)
+            _save(chosen.json, written)
+
+
+def _in_order(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the table of contenders has them; what it no longer has comes last."""
+    places = {row.name: place for place, row in enumerate(ROWS)}
+    return sorted(results, key=lambda result: places.get(result["name"], len(places)))
 
 
 def _result(row: Row, skipped: str | None, before: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from cpu_rows import CHECKPOINT, CURRENT, ENVIRONMENTS, MODELS
@@ -57,8 +59,12 @@ class Workshop:
         row = MODELS[name]
         output = self.folder / "models" / self.variant / name
         source = "" if name == CHECKPOINT else str(self.model(CHECKPOINT))
-        stamp = {"command": row.command}
         needed = {need: str(self.model(need)) for need in row.needs}
+        stamp = {
+            "command": row.command,
+            "sources": source_digest() if row.environment == CURRENT else "",
+            "needs": [_stamp_of(Path(folder)).read_text() for folder in needed.values()],
+        }
         if not _is_made(output, stamp):
             _clear(output)
             python = self.python(row.environment)
@@ -76,6 +82,16 @@ class Workshop:
             run(command, f"model {name} of {self.variant}", output.with_name(f"{name}.log"), variables)
             _mark(output, stamp)
         return output
+
+
+@cache
+def source_digest() -> str:
+    """Of what makes models of ours: where it changes, they are made again."""
+    digest = hashlib.sha256()
+    for folder in ("bksdm", "export/bksdm_export"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def source_variables() -> dict[str, str]:

@@ -50,11 +50,12 @@ def _conditions(written: Written) -> str:
                 for name, version in sample["versions"].items():
                     versions.setdefault(name, set()).add(version)
     bf16 = "with bf16" if machine["bf16"] else "no bf16"
+    rounds = f"{task['rounds']} round" + "s" * (task["rounds"] > 1)
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {task['threads']} threads, {bf16}, "
         f"{machine['memory'] / 2**30:.0f} GiB; measured peak, GFLOP/s: "
         + ", ".join(f"{name} {rate:.0f}" for name, rate in peaks.items())
-        + f". {task['size']} px, {task['steps']} Euler steps, guidance on, batch 1, {task['rounds']} rounds.\n\n"
+        + f". {task['size']} px, {task['steps']} Euler steps, guidance on, batch 1, {rounds}.\n\n"
         + ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items()))
         + "."
     )
@@ -153,7 +154,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _spread(values: Sequence[float] | None) -> str:
-    return "-" if values is None else f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
+    if values is None:
+        return "-"
+    middle, least, most = values
+    return f"{middle:.2f}" if least == most else f"{middle:.2f} ({least:.2f} to {most:.2f})"
 
 
 def _seconds(value: float | None) -> str:

@@ -85,7 +85,8 @@ for part, wanted in (("unet", "out_sample"), ("vae_decoder", "sample")):
         steps = openvino.preprocess.PrePostProcessor(model)
         steps.input("timestep").tensor().set_element_type(openvino.Type.i64)
         model = steps.build()
-    openvino.save_model(model, output / part / "openvino_model.xml")
+    # Uncompressed, as our bundle stores it: halves would be other numbers in the layers that are not int8.
+    openvino.save_model(model, output / part / "openvino_model.xml", compress_to_fp16=False)
 """
 _EXPORT = "from bksdm_export.cli import main; main()"
 _TO_OPENVINO = (

@@ -25,13 +25,14 @@ class Ours:
     def __init__(self, task: dict[str, Any]) -> None:
         from bksdm_runtime import bundle as bundles
         from bksdm_runtime.backends import cuda
+        from bksdm_runtime.bundle import FUSED
         from bksdm_runtime.engine import EngineSettings
         from bksdm_runtime.pipeline import Pipeline
 
         self.task = task
         bundle = bundles.load(task["model"])
         if not task["options"].get("fused", True):
-            plain = {name: file for name, file in bundle.manifest.files.items() if not name.endswith("_cuda.onnx")}
+            plain = {name: file for name, file in bundle.manifest.files.items() if not name.endswith(FUSED)}
             bundle = replace(bundle, manifest=replace(bundle.manifest, files=plain))
         if not task["options"].get("graphs", True):
             cuda.open_component = partial(cuda.open_component, place=replace(cuda.CUDA, captures=False))
@@ -58,11 +59,15 @@ class Ours:
                 "encoder_hidden_states": (2 * batch, facts.tokens, facts.context_dim),
             }
         )
-        latents = np.zeros((1, facts.latent_channels, side, side), np.float32)
+        decoder: Any = self.pipe._engines["vae_decoder"]
+        decoding = decoder.bind({"latent_sample": (1, facts.latent_channels, side, side)})
+        latents = np.random.default_rng(0).standard_normal((1, facts.latent_channels, side, side)).astype(np.float32)
+        decoding.fill({"latent_sample": latents.astype(decoder._dtypes["latent_sample"])})
         return {
             "text": lambda: [self.pipe.encode_text(text) for text in ("", self.task["prompt"])],
             "unet": bound.run,
-            "decode": lambda: self.pipe.decode(latents),
+            "decode": decoding.run,
+            "decode to pixels": lambda: self.pipe.decode(latents * facts.scaling_factor),
         }
 
     def versions(self) -> dict[str, str]:
@@ -122,7 +127,11 @@ class Diffusers:
             "unet": waited(lambda: pipe.unet(sample, timestep, context, return_dict=False)),
         }
         if batch == 1:  # larger ones would be compiled anew
-            found["decode"] = waited(lambda: pipe.vae.decode(sample[:1], return_dict=False))
+            latents = sample[:1]
+            found["decode"] = waited(lambda: pipe.vae.decode(latents, return_dict=False))
+            found["decode to pixels"] = waited(
+                lambda: pipe.image_processor.postprocess(pipe.vae.decode(latents, return_dict=False)[0])
+            )
         return found
 
     def versions(self) -> dict[str, str]:

@@ -3,7 +3,7 @@
 python benchmarks/gpu_make.py VARIANT FOLDER    writes FOLDER/checkpoint and FOLDER/bundle
 
 What `bksdm-export --precision fp16` does without its proof, which takes a CPU minutes and which the benchmark gives by
-comparing pictures. Random weights stay far within fp16's range, so that no part of the graphs is fp32."""
+comparing pictures with PyTorch's (gpu.py). Random weights stay far within fp16's range: no part of a graph is fp32."""
 
 from __future__ import annotations
 

@@ -16,9 +16,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import rewriter
+
+from bksdm_runtime.bundle import FUSED
 
 DOMAIN = "com.microsoft"
 # What ONNX Runtime 1.31's kernels take. Past the widest head there is no fused one: the VAE's single head has 512.
@@ -31,7 +34,7 @@ _CHANNELS_LAST, _CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 
 def fused_path(path: Path) -> Path:
     """Where the fused graph of a graph lies: beside it, reading the same file of weights."""
-    return path.with_name(f"{path.stem}_cuda.onnx")
+    return path.with_name(path.stem + FUSED)
 
 
 def fuse(model: ir.Model) -> dict[str, int]:
@@ -56,9 +59,23 @@ def _attention(
     return op.Reshape(op.Transpose(op.MatMul(weights, values), perm=[0, 2, 1, 3]), joined)
 
 
-def _has_narrow_heads(_context: Any, split: ir.Value, scale: ir.Value, **_others: Any) -> bool:
+def _is(value: ir.Value, number: float) -> bool:
+    """Whether it is a constant, all of whose elements are this number, up to the rounding of fp16."""
+    tensor = value.const_value
+    return tensor is not None and bool(np.allclose(tensor.numpy().astype(np.float64), number, rtol=1e-3, atol=0))
+
+
+def _has_narrow_heads(
+    _context: Any, split: ir.Value, split_k: ir.Value, split_v: ir.Value, scale: ir.Value, **_others: Any
+) -> bool:
     sizes = _heads_and_width(split)
-    return sizes is not None and sizes[1] <= _WIDEST_HEAD and scale.const_value is not None
+    return (
+        sizes is not None
+        and sizes[1] <= _WIDEST_HEAD
+        and sizes == _heads_and_width(split_k) == _heads_and_width(split_v)
+        and scale.const_value is not None
+        and scale.const_value.size == 1
+    )
 
 
 def _multi_head_attention(
@@ -67,12 +84,14 @@ def _multi_head_attention(
     sizes = _heads_and_width(split)
     assert sizes is not None
     assert scale.const_value is not None
-    factor = float(scale.const_value.numpy())
+    factor = float(scale.const_value.numpy().item())
     return op.MultiHeadAttention(query, key, value, num_heads=sizes[0], scale=factor, _domain=DOMAIN)
 
 
 def _heads_and_width(split: ir.Value) -> tuple[int, int] | None:
     """From the shape [B, tokens, heads, width] that a Reshape splits the heads with; None where it is not constant."""
+    if split.const_value is not None and split.const_value.size == 4:  # the text's, whose tokens are fixed
+        return int(split.const_value.numpy()[2]), int(split.const_value.numpy()[3])
     node = split.producer()
     if node is None or node.op_type != "Concat" or len(node.inputs) != 4:
         return None
@@ -82,12 +101,24 @@ def _heads_and_width(split: ir.Value) -> tuple[int, int] | None:
 
 def _gated(op: Any, x: Any, bias: Any, root: Any, one: Any, half: Any):
     """GEGLU, arXiv 2002.05202."""
-    hidden, gate = op.Split(op.Add(x, bias), num_outputs=2, _outputs=2)
+    hidden, gate = op.Split(op.Add(x, bias), num_outputs=2, _outputs=["hidden", "gate"])
     return op.Mul(hidden, op.Mul(gate, op.Mul(half, op.Add(op.Erf(op.Div(gate, root)), one))))
 
 
-def _is_wide_gate(_context: Any, bias: ir.Value, **_others: Any) -> bool:
-    return bias.const_value is not None and bias.const_value.size in _GATED
+def _is_wide_gate(
+    _context: Any, bias: ir.Value, gate: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value, **_others: Any
+) -> bool:
+    split, tensor = gate.producer(), bias.const_value
+    assert split is not None
+    axis = split.attributes["axis"].as_int() if "axis" in split.attributes else 0
+    last = axis == (2 if gate.shape is None else len(gate.shape) - 1)  # a feed-forward's [B, tokens, width]
+    return (
+        tensor is not None
+        and len(tensor.shape) == 1
+        and tensor.size in _GATED
+        and (axis == -1 or last)
+        and (_is(root, 2**0.5) and _is(one, 1) and _is(half, 0.5))
+    )
 
 
 def _bias_split_gelu(op: Any, x: Any, bias: Any, **_others: Any) -> Any:
@@ -98,10 +129,23 @@ def _conv(op: Any, x: Any, weight: Any, bias: Any):
     return op.Conv(x, weight, bias, _outputs=["convolved"])
 
 
+_WINDOW = ("kernel_shape", "pads", "strides", "dilations")
+
+
+def _is_plain_2d(_context: Any, weight: ir.Value, convolved: ir.Value, **_others: Any) -> bool:
+    node = convolved.producer()
+    assert node is not None
+    of = node.attributes
+    group = of["group"].as_int() if "group" in of else 1
+    padded = of["auto_pad"].as_string() if "auto_pad" in of else "NOTSET"
+    is_2d = weight.shape is not None and len(weight.shape) == 4
+    return is_2d and group == 1 and padded == "NOTSET" and all(name in of for name in _WINDOW)
+
+
 def _nhwc_conv(op: Any, x: Any, weight: Any, bias: Any, convolved: ir.Value) -> Any:
     node = convolved.producer()
     assert node is not None
-    kept = {name: node.attributes[name].as_ints() for name in ("kernel_shape", "pads", "strides", "dilations")}
+    kept = {name: node.attributes[name].as_ints() for name in _WINDOW}
     kernel = op.Transpose(weight, perm=_CHANNELS_LAST)  # folded as the graph is loaded
     out = op.NhwcConv(op.Transpose(x, perm=_CHANNELS_LAST), kernel, bias, **kept, group=1, _domain=DOMAIN)
     return op.Transpose(out, perm=_CHANNELS_FIRST)
@@ -117,10 +161,20 @@ def _group_norm_silu(op: Any, x: Any, split: Any, ones: Any, zeros: Any, sizes: 
     return op.Mul(normal, op.Sigmoid(normal))
 
 
-def _is_of_pictures(_context: Any, weight: ir.Value, ones: ir.Value, **_others: Any) -> bool:
+def _is_of_pictures(
+    _context: Any, weight: ir.Value, bias: ir.Value, ones: ir.Value, zeros: ir.Value, **_others: Any
+) -> bool:
     """Of [B, C, h, w], whose weight broadcasts as [C, 1, 1]; the VAE's attention norms [B, C, tokens]."""
-    tensor = weight.const_value
-    return ones.const_value is not None and tensor is not None and len(tensor.shape) == 3 and tensor.size in _NORMED
+    tensor, offset = weight.const_value, bias.const_value
+    return (
+        tensor is not None
+        and offset is not None
+        and len(tensor.shape) == 3
+        and tuple(tensor.shape) == tuple(offset.shape)
+        and tensor.size == tensor.shape[0]
+        and tensor.size in _NORMED
+        and (_is(ones, 1) and _is(zeros, 0))
+    )
 
 
 def _nhwc_group_norm(
@@ -152,7 +206,7 @@ _SILU, _NONE = 1, 0
 _RULES: Mapping[str, Any] = {
     "MultiHeadAttention": _rule(_attention, _multi_head_attention, _has_narrow_heads),
     "BiasSplitGelu": _rule(_gated, _bias_split_gelu, _is_wide_gate),
-    "NhwcConv": _rule(_conv, _nhwc_conv),
+    "NhwcConv": _rule(_conv, _nhwc_conv, _is_plain_2d),
     "GroupNorm with SiLU": _rule(
         _group_norm_silu, functools.partial(_nhwc_group_norm, activation=_SILU), _is_of_pictures
     ),

@@ -11,7 +11,7 @@ from pathlib import Path
 from bksdm_export.likeness import LPIPS_BOUND, PSNR_BOUND, Likeness
 from bksdm_export.page import Figures, page
 from bksdm_export.precision import Island, Sensitive
-from bksdm_export.verify import ROUNDING, Parity
+from bksdm_export.verify import ROUNDING, Parity, worst
 from bksdm_runtime.bundle import Manifest
 
 PARITY_JSON = "parity.json"
@@ -70,6 +70,8 @@ def summary(parity: Parity, exported: Mapping[str, GraphFacts]) -> Figures:
         "pictures": pictures,
         "picture_tolerance": parity.tolerance.picture,
     }
+    for name, comparisons in parity.fused.items():
+        components[name]["fused_error"] = _finite(worst(comparisons).error)
     if parity.likenesses:
         figures["likeness"] = [_likeness(one) for one in parity.likenesses]
     if parity.rounding is not None:

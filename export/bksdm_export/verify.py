@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class PictureComparison:
 class Parity:
     """All that was compared, and what is accepted.
 
+    fused: the graphs in ONNX Runtime's own operators, by component; empty where there is no GPU to run them.
     rounding: None where no weights are rounded.
     likenesses: of an int8 bundle's pictures, on each backend.
     """
@@ -111,20 +112,20 @@ class Parity:
     pictures: tuple[PictureComparison, ...]
     rounding: Rounding | None = None
     likenesses: tuple[Likeness, ...] = ()
+    fused: Mapping[str, tuple[Comparison, ...]] = field(default_factory=dict[str, tuple[Comparison, ...]])
 
     def worst(self, component: str) -> Comparison:
-        """What is not a number is worse than anything."""
-        comparisons = self.components[component]
-        return max(comparisons, key=lambda one: math.inf if math.isnan(one.error) else one.error)
+        return worst(self.components[component])
 
     def failures(self) -> list[str]:
         """What is over its tolerance, one sentence each, components first; empty when all is well."""
         found: list[str] = []
-        for name in self.components:
-            worst, accepted = self.worst(name), self.tolerance.components[name]
-            if not worst.error <= accepted:
-                differs = f"differs by {worst.error:.1e} (accepted {accepted:.0e})"
-                found.append(f"{name} {_cannot(worst) or differs} at {worst.label}{_with(worst)}")
+        for which, graphs in (("", self.components), (", fused for CUDA,", self.fused)):
+            for name, comparisons in graphs.items():
+                most, accepted = worst(comparisons), self.tolerance.components[name]
+                if not most.error <= accepted:
+                    differs = f"differs by {most.error:.1e} (accepted {accepted:.0e})"
+                    found.append(f"{name}{which} {_cannot(most) or differs} at {most.label}{_with(most)}")
         for picture in self.pictures:
             if not picture.mean <= self.tolerance.picture:
                 differs = f"differs by {picture.mean:.2f}/255 on average (accepted {self.tolerance.picture:g}/255)"
@@ -139,6 +140,11 @@ class Parity:
                 f"{self.rounding.mean:.2f}/255 on average (accepted {ROUNDING:g}/255): store them as {finer}"
             )
         return found
+
+
+def worst(comparisons: Sequence[Comparison]) -> Comparison:
+    """What is not a number is worse than anything."""
+    return max(comparisons, key=lambda one: math.inf if math.isnan(one.error) else one.error)
 
 
 def compare(label: str, found: NDArray[Any], expected: NDArray[Any]) -> Comparison:
@@ -187,7 +193,6 @@ def verify_component(
     bundle: Bundle, component: str, cases: Sequence[Case], settings: EngineSettings = ORT
 ) -> tuple[Comparison, ...]:
     """Run one graph through the runtime's own engine on every case."""
-    suffix = "" if settings is ORT else f", {settings.backend}"
     compared: list[Comparison] = []
     engine: Engine | None = None
     for case in cases:
@@ -195,10 +200,10 @@ def verify_component(
             engine = engine or open_engine(bundle, component, settings)
             outputs = engine(case.inputs)
         except EngineError as error:
-            compared.append(Comparison(case.label + suffix, math.inf, str(error)))
+            compared.append(Comparison(case.label, math.inf, str(error)))
             continue
         [(name, expected)] = case.outputs.items()
-        compared.append(compare(case.label + suffix, outputs[name], expected))
+        compared.append(compare(case.label, outputs[name], expected))
     return tuple(compared)
 
 

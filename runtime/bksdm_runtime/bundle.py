@@ -41,6 +41,7 @@ __all__ = [  # the schema's names belong to the bundle: writers import them from
 
 ENGINES_FOLDER = "engines"  # built on the user's own machine, each with the key that made it; never part of the hashes
 TOKENIZER_FOLDER = "tokenizer"
+FUSED = "_cuda.onnx"  # end of the name of a graph in ONNX Runtime's own operators, beside the plain one's
 
 # A real manifest has under 100 kB; past this the file is not one, and is refused unread.
 MAX_MANIFEST_BYTES = 8 * 1024 * 1024
@@ -70,7 +71,7 @@ class Bundle:
         Raises BundleError when the bundle has no such component.
         """
         plain = self.component_path(name)
-        fused = plain.with_name(f"{plain.stem}_cuda.onnx")
+        fused = plain.with_name(plain.stem + FUSED)
         return fused if fused.relative_to(self.root).as_posix() in self.manifest.files else plain
 
 

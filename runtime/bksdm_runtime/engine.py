@@ -134,21 +134,33 @@ class _BackendModule(Protocol):
 
 def has_cuda() -> bool:
     """Whether backend cuda can be expected to start: an ONNX Runtime that is built for it, and a device."""
+    if not _is_installed("onnxruntime-gpu") or not cuda_devices():
+        return False
+    if _is_installed("onnxruntime"):
+        log.warning(
+            "onnxruntime and onnxruntime-gpu share their files and both are installed, so the GPU is left alone: "
+            "pip uninstall onnxruntime, then pip install --force-reinstall 'bksdm[cuda]'"
+        )
+        return False
+    return True
+
+
+def _is_installed(distribution: str) -> bool:
     try:
-        metadata.version("onnxruntime-gpu")
+        metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return False
-    return cuda_devices() > 0
+    return True
 
 
-def resolve_backend(backend: str) -> str:
+def resolve_backend(backend: str, *, cuda: bool = True) -> str:
     """The backend's own name for "auto": cuda where it has a device, else openvino where it is installed, else
-    onnxruntime. Says in the log which and why.
+    onnxruntime. Says in the log which and why. cuda: whether it may be cuda.
 
     Raises EngineError naming the valid ones.
     """
     if backend == "auto":
-        if has_cuda():
+        if cuda and has_cuda():
             log.info("backend auto: cuda, because onnxruntime-gpu is installed and there is a CUDA device")
             return "cuda"
         # It has bf16 where the processor does; in f32 an evaluation of tiny took 11.6 to 12.3 s of CPU, ONNX Runtime's

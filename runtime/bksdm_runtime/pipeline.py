@@ -195,10 +195,22 @@ class Pipeline:
     def open(cls, bundle: Bundle | Path | str, settings: EngineSettings = DEFAULT_SETTINGS) -> Pipeline:
         """Open a bundle, or the folder of one, whose every file is then verified.
 
+        Where backend "auto" is cuda and that does not start, it is the next one, and the log says so.
         Raises BundleError, EngineError, MissingBackend.
         """
         opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle)
         chosen = replace(settings, backend=resolve_backend(settings.backend))
+        try:
+            return cls._open(opened, chosen)
+        except EngineError as error:
+            if settings.backend != "auto" or chosen.backend != "cuda":
+                raise
+            chosen = replace(settings, backend=resolve_backend("auto", cuda=False))
+            log.warning("a GPU is there, but %s is used: %s", chosen.backend, error)
+            return cls._open(opened, chosen)
+
+    @classmethod
+    def _open(cls, opened: Bundle, chosen: EngineSettings) -> Pipeline:
         names: tuple[str, ...] = ("unet", "text_encoder", "vae_decoder")  # the slowest first
         with ThreadPoolExecutor(len(names)) as pool:  # the libraries release the GIL while they open a graph
             opening = pool.map(partial(open_engine, opened, settings=chosen), names)

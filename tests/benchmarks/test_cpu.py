@@ -159,6 +159,34 @@ def test_a_run_goes_on_where_it_was_cut_off(cpu: ModuleType, tmp_path: Path, mon
     assert results[0]["samples"][0]["drawn"][0]["seconds"] == 1.0
 
 
+def test_rows_that_a_later_run_leaves_out_keep_their_samples(
+    cpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def measure(_: Any, __: Any, row: Any, result: dict[str, Any], batches: tuple[int, ...]) -> dict[str, Any]:
+        asked.append((row.name, batches))
+        result["batches"] = [{"batch": size, "seconds": 2.0} for size in batches] or result["batches"]
+        return _sample(1.0)
+
+    monkeypatch.setattr(cpu.Workshop, "python", lambda *_: sys.executable)
+    monkeypatch.setattr(cpu.Workshop, "model", lambda *_: tmp_path)
+    monkeypatch.setattr(cpu, "_machine_figures", _no_machine)
+    monkeypatch.setattr(cpu, "_measure", measure)
+    figures = tmp_path / "figures.json"
+    run = ["--cache", str(tmp_path), "--json", str(figures), "--rounds", "1", "--contenders"]
+    assert cpu.main([*run, "fp32", "--batches"]) == 0
+    before = json.loads(figures.read_text())["variants"]["tiny"]["contenders"]
+    asked.clear()
+    # Batches of a row that has its samples: measured, and no sample more. The other rows stay as they are.
+    assert cpu.main([*run, "ours, ONNX Runtime", "--resume", "--batches", "2"]) == 0
+    assert asked == [("ours, ONNX Runtime fp32", (2,))]
+    after = json.loads(figures.read_text())["variants"]["tiny"]["contenders"]
+    assert [one["name"] for one in after] == [one["name"] for one in before]
+    assert [one["samples"] for one in after] == [one["samples"] for one in before]
+    assert after[0]["batches"] == [{"batch": 2, "seconds": 2.0}]
+
+
 def test_no_run_goes_on_with_samples_of_another_task(
     cpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +197,9 @@ def test_no_run_goes_on_with_samples_of_another_task(
     run = ["--cache", str(tmp_path), "--json", str(tmp_path / "figures.json"), "--rounds", "1", "--resume"]
     assert cpu.main(run) == 2
     assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "figures.json").write_text("[]")
+    assert cpu.main(run) == 2
+    assert "is no report of this benchmark" in capsys.readouterr().err
     assert cpu.main(run[:-1]) == 0
     assert cpu.main([*run, "--steps", "7"]) == 2
     assert "is of another task: steps differ; leave out --resume" in capsys.readouterr().err

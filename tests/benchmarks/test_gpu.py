@@ -15,7 +15,7 @@ import torch
 
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.backends import cuda
-from bksdm_runtime.backends.cuda import Place
+from bksdm_runtime.backends.buffers import Place
 from bksdm_runtime.backends.ort import CPU
 
 REPOSITORY = Path(__file__).parents[2]
@@ -92,9 +92,29 @@ def test_our_side_draws_and_times_its_stages(gpu: ModuleType, monkeypatch: pytes
     }
     found = contender.measure(task)
     assert set(found["batches"]) == {"1", "2"}
-    assert set(found["batches"]["2"]["stages"]) == {"text", "unet", "decode"}
+    assert set(found["batches"]["2"]["stages"]) == {"text", "unet", "decode", "decode to pixels"}
     assert np.load(tmp_path / "picture.npy").shape == (64, 64, 3)
     assert gpu.line(found).count("pictures/s") == 1
+
+
+def test_a_run_fails_where_ours_fails_or_draws_another_picture(gpu: ModuleType, tmp_path: Path) -> None:
+    good = {gpu.OURS: {**result(0.1), "psnr": 41.0}, gpu.COMPILED: {**result(0.16), "psnr": 39.0}}
+
+    def found(change: dict[str, Any]) -> list[str]:
+        written = report(gpu, {**good, **change})
+        return gpu.faults({**written, "figures": gpu.figures(written)})
+
+    plain = "ours, without CUDA graphs"
+    assert found({}) == []
+    assert found({plain: {"failed": "no kernel"}}) == [f"tiny, {plain}: no kernel"]
+    assert found({plain: {**result(0.2), "psnr": 12.3}}) == [f"tiny, {plain}: 12.3 dB to the picture of {gpu.EAGER}"]
+    assert found({gpu.COMPILED: result(0.1)}) == ["a picture, times compiled diffusers"]
+    grey = np.full((8, 8, 3), 100, np.uint8)
+    np.save(tmp_path / "one.npy", grey)
+    np.save(tmp_path / "other.npy", grey + 1)
+    assert gpu._psnr(tmp_path / "one.npy", tmp_path / "other.npy") == pytest.approx(48.13, abs=0.01)
+    assert gpu._psnr(tmp_path / "one.npy", tmp_path / "one.npy") == 120
+    assert gpu._psnr(tmp_path / "one.npy", tmp_path / "none.npy") is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")

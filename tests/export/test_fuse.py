@@ -202,6 +202,55 @@ def test_an_fp16_bundle_has_both_and_one_file_of_weights(exported: Callable[...,
         assert fused.stat().st_size < 1e6
 
 
+SAME = "pads=[1,1,1,1], strides=[1,1], dilations=[1,1]"
+NEARLY = {
+    "grouped": ("float[1,4,8,8] x", f"y = Conv <group=2, kernel_shape=[3,3], {SAME}> (x, w, b)",
+                {"w": (4, 2, 3, 3), "b": (4,)}),
+    "1-D": ("float[1,4,8] x", "y = Conv <kernel_shape=[3], pads=[1,1], strides=[1], dilations=[1]> (x, w, b)",
+            {"w": (4, 4, 3), "b": (4,)}),
+    "defaults": ("float[1,4,8,8] x", "y = Conv (x, w, b)", {"w": (4, 4, 3, 3), "b": (4,)}),
+    "other norm": ("float[1,4,8,8] x", """
+        s = Constant <value_ints=[0,2,-1]> ()
+        f = Constant <value_ints=[1,4,8,8]> ()
+        two = Constant <value_floats=[2.0,2.0]> ()
+        none = Constant <value_floats=[0.0,0.0]> ()
+        r = Reshape (x, s)
+        n = InstanceNormalization (r, two, none)
+        q = Reshape (n, f)
+        m = Mul (q, w)
+        y = Add (m, b)""", {"w": (4, 1, 1), "b": (4, 1, 1)}),
+    "other gate": ("float[1,3,8] x", """
+        two = Constant <value_float=2.0> ()
+        one = Constant <value_float=1.0> ()
+        half = Constant <value_float=0.5> ()
+        t = Add (x, b)
+        h, g = Split <axis=-1, num_outputs=2> (t)
+        d = Div (g, two)
+        e = Erf (d)
+        a = Add (e, one)
+        c = Mul (half, a)
+        v = Mul (g, c)
+        y = Mul (h, v)""", {"b": (8,)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEARLY)
+@pytest.mark.usefixtures("any_width")
+def test_what_only_nearly_matches_stays_as_written(name: str) -> None:
+    given, body, weights = NEARLY[name]
+    text = f'<ir_version: 8, opset_import: ["" : 18]> g ({given}) => (float[] y) {{ {body} }}'
+    proto = onnx.parser.parse_model(text)
+    del proto.graph.output[0].type.tensor_type.shape.dim[:]
+    random = np.random.default_rng(0)
+    for weight, shape in weights.items():
+        array = random.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, weight))
+    model = ir.from_proto(proto)
+    before = [node.op_type for node in model.graph]
+    assert not any(fuse.fuse(model).values())
+    assert [node.op_type for node in model.graph] == before
+
+
 def test_an_fp32_bundle_has_the_plain_graphs_alone(exported: Callable[..., Path]) -> None:
     bundle = bundles.load(exported("fp32"))
     assert bundle.fused_path("unet") == bundle.component_path("unet")

@@ -14,8 +14,10 @@ import warnings
 import weakref
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -31,9 +33,11 @@ from bksdm_export import bundle_files, graphs, recipe, to_onnx
 from bksdm_export.errors import ExportError
 from bksdm_export.recipe import ExportRequest, export_graph, export_variant
 from bksdm_export.reference import Reference
-from bksdm_export.verify import ORT, compare_picture
+from bksdm_export.verify import CUDA, ORT, Comparison, compare_picture, verify_component
 from bksdm_export.wrappers import wrap
 from bksdm_runtime import bundle as bundles
+from bksdm_runtime.bundle import Bundle
+from bksdm_runtime.engine import EngineError, EngineSettings
 from bksdm_runtime.pipeline import Images, Pipeline
 from bksdm_runtime.request import Request
 
@@ -136,6 +140,46 @@ def test_a_graph_that_cannot_run_is_one_sentence_and_a_page(smallest_folder: Pat
     assert "the node in vae_decoder was not found" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert [page.name for page in tmp_path.iterdir()] == ["bundle.failed.html"]
+
+
+def test_fused_graphs_are_compared_where_there_is_a_gpu(
+    smallest_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one here: what the GPU would give is made up."""
+    errors = {"unet": 2e-3}
+
+    def on_the_gpu(bundle: Bundle, name: str, cases: Any, settings: EngineSettings = ORT) -> tuple[Comparison, ...]:
+        if settings is CUDA:
+            return (Comparison("a case", errors.get(name, 1e-3)),)
+        return verify_component(bundle, name, cases, settings)
+
+    monkeypatch.setattr(recipe, "_cuda_starts", lambda _: True)
+    monkeypatch.setattr(recipe, "verify_component", on_the_gpu)
+    request = ExportRequest(tmp_path / "bundle", weights=str(smallest_folder), precision="fp16")
+    export_variant(request)
+    figures = json.loads((tmp_path / "bundle" / "parity.json").read_text())["components"]
+    assert {name: graph["fused_error"] for name, graph in figures.items()} == {
+        name: errors.get(name, 1e-3) for name in figures
+    }
+    errors["unet"] = 0.5
+    with pytest.raises(ExportError, match=r"unet, fused for CUDA, differs by 5.0e-01 \(accepted 1e-02\) at a case"):
+        export_variant(replace(request, force=True))
+    assert (tmp_path / "bundle" / "bundle.json").is_file()  # the one before
+
+
+def test_a_gpu_that_does_not_start_leaves_the_export_alone(
+    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise EngineError("CUDAExecutionProvider did not start")
+
+    bundle = bundles.load(toy_bundle)
+    monkeypatch.setattr(recipe, "has_cuda", lambda: True)
+    monkeypatch.setattr(recipe, "open_engine", refuse)
+    assert not recipe._cuda_starts(bundle)
+    assert "are not compared with PyTorch: CUDAExecutionProvider did not start" in caplog.text
+    monkeypatch.setattr(recipe, "open_engine", lambda *_: None)
+    assert recipe._cuda_starts(bundle)
 
 
 def test_scheduler_settings_are_checked_before_anything_is_drawn(smallest_folder: Path, tmp_path: Path) -> None:

@@ -5,12 +5,17 @@ What this does not show: the CUDA provider itself, graph capture, and how fast a
 
 from __future__ import annotations
 
+import gc
 import inspect
 import subprocess
+import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +23,14 @@ import onnx
 import pytest
 from PIL import Image
 
+from bksdm_export import step_graph
 from bksdm_export.step_graph import FOLDER, build
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime import devices
 from bksdm_runtime import engine as engines
-from bksdm_runtime.backends import cuda
-from bksdm_runtime.backends.cuda import Place
+from bksdm_runtime.backends import buffers as device_buffers
+from bksdm_runtime.backends import cuda, walk
+from bksdm_runtime.backends.buffers import Bound, Numbers, Place
 from bksdm_runtime.backends.ort import CPU
 from bksdm_runtime.engine import EngineError, EngineSettings, Sampler
 from bksdm_runtime.pipeline import Images, Pipeline, Step, sample
@@ -31,6 +38,7 @@ from bksdm_runtime.request import Request
 from bksdm_runtime.schedule import SAMPLERS, make_schedule
 
 HERE = Place(CPU, "cpu", captures=False)
+open_component = cuda.open_component
 ONE = EngineSettings(backend="onnxruntime", threads=1)
 ON_BUFFERS = EngineSettings(backend="cuda", threads=1)
 PLAIN = Request("a red apple", "grey", seed=3, steps=6, guidance_scale=7.5, height=64, width=128)
@@ -57,6 +65,7 @@ def differ(one: Pipeline, other: Pipeline, *requests: Request) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_shipped_graphs_are_those_that_are_built(dtype: str) -> None:
     assert onnx.load(FOLDER / f"step_{dtype}.onnx") == build(dtype)
+    assert (walk.PAST, walk.COLUMNS) == (step_graph.PAST, step_graph.COLUMNS)
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -158,34 +167,106 @@ def test_a_loop_that_is_closed_leaves_the_next_picture_alone(toy_bundle: Path) -
 
 
 @pytest.mark.usefixtures("buffers")
-def test_buffers_of_few_shapes_are_kept(toy_bundle: Path) -> None:
+def test_pictures_that_are_drawn_by_turns_keep_apart(toy_bundle: Path) -> None:
+    """One pipeline, two generators; and a whole picture between the steps of another."""
     device, host = Pipeline.open(toy_bundle, ON_BUFFERS), Pipeline.open(toy_bundle, ONE)
-    for width in (64, 128, 192, 256, 320, 384, 64):
-        assert differ(device, host, replace(PLAIN, width=width, steps=2)) < 2e-6
+    others = replace(PLAIN, prompt="a boat", seed=8)
+
+    def by_turns(pipeline: Pipeline) -> list[np.ndarray]:
+        pairs = zip(pipeline.generate([PLAIN]), pipeline.generate([others]), strict=True)
+        return [item.latents for pair in pairs for item in pair if isinstance(item, Step)]
+
+    def nested(pipeline: Pipeline) -> list[np.ndarray]:
+        found: list[np.ndarray] = []
+        for item in pipeline.generate([PLAIN]):
+            if isinstance(item, Step):
+                found.append(item.latents)
+                pipeline.draw([others])
+        return found
+
+    for draw in (by_turns, nested):
+        for found, wanted in zip(draw(device), draw(host), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())  # measured: 3e-7
     unet: Any = device._engines["unet"]
-    assert len(unet._bound) == len(unet._walks) == cuda._KEPT
-
-
-def test_graphs_are_numbered_until_no_more_are_captured() -> None:
-    numbers = cuda._Numbers(cuda.CUDA)
-    given = [numbers.next() for _ in range(cuda._CAPTURED + 2)]
-    assert given == [*range(1, cuda._CAPTURED + 1), None, None]
-    assert cuda._Numbers(HERE).next() is None
+    assert unet._lanes == set()
 
 
 @pytest.mark.usefixtures("buffers")
-def test_a_failure_on_the_way_is_one_sentence(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_of_few_shapes_are_kept(make_toy_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """Guided and unguided evaluations of each: more shapes than are kept, again and again."""
+    bundle = make_toy_bundle(tmp_path / "bundle", step_cache=True)
+    device, host = Pipeline.open(bundle, ON_BUFFERS), Pipeline.open(bundle, ONE)
+    interval = {"guidance_interval": (0.3, 0.8), "cache_interval": 2}
+    for width in (64, 128, 192, 256, 320, 64, 128):
+        assert differ(device, host, replace(PLAIN, width=width, steps=5, **interval)) < 2e-6  # measured: 4e-7
+    unet: Any = device._engines["unet"]
+    assert len(unet._passing) == cuda._KEPT
+    gc.collect()
+    alive = sum(type(one) is Bound for one in gc.get_objects())
+    pairs = sum(len(targets) for one in unet._walks.values() for targets in one._pairs.values())
+    # What was let go of is gone: U-Net and shallow one keep 4 shapes each, a pair between two of them has 2.
+    assert pairs <= cuda._KEPT * 4
+    assert alive <= 4 * cuda._KEPT + 2 * pairs
+
+
+@pytest.mark.usefixtures("buffers")
+def test_the_first_shapes_are_captured_and_stay(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers are given out here too; the CPU's provider does not read them."""
+    monkeypatch.setattr(cuda, "open_component", partial(open_component, place=replace(HERE, captures=True)))
+    monkeypatch.setattr(cuda, "_CAPTURED", 2)
+    device, host = Pipeline.open(toy_bundle, ON_BUFFERS), Pipeline.open(toy_bundle, ONE)
+    unet: Any = device._engines["unet"]
+    kept: list[Any] = []
+    for width in (64, 128, 192, 256, 320, 384, 64, 128, 192):
+        assert differ(device, host, replace(PLAIN, width=width, steps=2)) < 2e-6
+        kept = kept or list(unet._captured.values())
+    assert len(unet._captured) == 2
+    assert list(unet._captured.values())[: len(kept)] == kept
+    assert len(unet._passing) == cuda._KEPT
+
+
+def test_graphs_are_numbered_until_no_more_are_captured() -> None:
+    numbers = Numbers(cuda.CUDA, 3)
+    assert [numbers.next() for _ in range(5)] == [1, 2, 3, None, None]
+    assert Numbers(HERE, 3).next() is None
+
+
+FAILURES = {
+    "CUDA failure 700: an illegal access\nmore about it": r"failed at .*\]: CUDA failure 700: an illegal access$",
+    "[ONNXRuntimeError] : 6 : Failed to allocate memory": r"ran out of memory at .*\]: use a smaller size",
+}
+
+
+@pytest.mark.parametrize(("said", "expected"), FAILURES.items())
+@pytest.mark.usefixtures("buffers")
+def test_a_failure_on_the_way_is_one_sentence(
+    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, said: str, expected: str
+) -> None:
     device = Pipeline.open(toy_bundle, ON_BUFFERS)
 
     def fail(_: object) -> None:
-        raise RuntimeError("CUDA failure 700: an illegal memory access\nmore about it")
+        raise RuntimeError(said)
 
-    monkeypatch.setattr(cuda.Bound, "run", fail)
+    monkeypatch.setattr(device_buffers.Bound, "run", fail)
     schedule = make_schedule(device.bundle.scheduler_config, steps=2)
     unet: Any = device._engines["unet"]
-    walk = unet.sample(schedule, np.zeros((1, 4, 8, 8), np.float32), np.zeros((1, 77, 16), np.float32), None)
-    with pytest.raises(EngineError, match=r"^unet failed at latents \[1, 4, 8, 8\], context .*illegal memory access$"):
-        next(walk)
+    begun = unet.sample(schedule, np.zeros((1, 4, 8, 8), np.float32), np.zeros((1, 77, 16), np.float32), None)
+    with pytest.raises(EngineError, match=f"^unet {expected}"):
+        next(begun)
+    assert unet._lanes == set()
+
+
+@pytest.mark.usefixtures("buffers")
+def test_what_the_loop_cannot_do_is_one_sentence(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, host = Pipeline.open(toy_bundle, ON_BUFFERS), Pipeline.open(toy_bundle, ONE)
+    monkeypatch.setattr(walk, "_MOST_EVALUATIONS", 5)
+    with pytest.raises(EngineError, match=r"at most 5 U-Net evaluations a picture, found 7: use fewer steps"):
+        device.draw([PLAIN])
+    schedule = make_schedule(device.bundle.scheduler_config, steps=2)
+    arrays = np.zeros((1, 4, 8, 8), np.float32), np.zeros((1, 77, 16), np.float32), None
+    unet: Any = device._engines["unet"]
+    with pytest.raises(EngineError, match=r"differ in backend \(cuda, onnxruntime\)"):
+        next(unet.sample(schedule, *arrays, shallow=host._engines["unet"]))
 
 
 def test_the_loop_on_the_host_is_a_samplers_in_all_but_the_unet() -> None:
@@ -250,16 +331,54 @@ def used_memory() -> int:
     return int(subprocess.check_output(asked, text=True).splitlines()[0]) << 20
 
 
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu alone and a device, by their own account."""
+    monkeypatch.setattr(engines, "cuda_devices", lambda: 1)
+    monkeypatch.setattr(engines, "_is_installed", lambda name: name == "onnxruntime-gpu")
+
+
+@pytest.mark.usefixtures("a_gpu")
 def test_auto_takes_cuda_where_there_is_a_device(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(engines, "cuda_devices", lambda: 1)
-    monkeypatch.setattr(engines.metadata, "version", lambda name: {"onnxruntime-gpu": "1.31.1"}[name])
     with caplog.at_level("INFO"):
         assert engines.resolve_backend("auto") == "cuda"
     assert "because onnxruntime-gpu is installed and there is a CUDA device" in caplog.text
+    assert engines.resolve_backend("auto", cuda=False) != "cuda"
+    monkeypatch.setattr(engines, "_is_installed", lambda _: True)  # the other one's files may lie on top
+    assert engines.resolve_backend("auto") != "cuda"
+    assert "share their files and both are installed" in caplog.text
+    monkeypatch.setattr(engines, "_is_installed", lambda name: name == "onnxruntime-gpu")
     monkeypatch.setattr(engines, "cuda_devices", lambda: 0)
     assert engines.resolve_backend("auto") in ("openvino", "onnxruntime")
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in cuda.ort.library.get_available_providers(), reason="this onnxruntime has the provider"
+)
+def test_auto_goes_on_without_a_gpu_that_does_not_start(toy_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = Pipeline.open(toy_bundle, EngineSettings(threads=1))
+    assert pipeline.backend in ("openvino", "onnxruntime")
+    assert f"a GPU is there, but {pipeline.backend} is used: backend 'cuda': this onnxruntime has no" in caplog.text
+    with pytest.raises(EngineError, match="has no CUDAExecutionProvider"):
+        Pipeline.open(toy_bundle, EngineSettings(backend="cuda"))
+
+
+def test_libraries_are_loaded_once_and_leave_stdout_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def preload() -> None:
+        calls.append("called")
+        time.sleep(0.05)
+
+    monkeypatch.setattr(cuda.ort, "library", SimpleNamespace(preload_dlls=preload))
+    before = sys.stdout
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: cuda._preload_cuda(), range(6)))
+    assert sys.stdout is before
+    assert calls == ["called"]
 
 
 def test_without_a_driver_there_are_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:

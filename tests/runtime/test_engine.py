@@ -269,7 +269,7 @@ def cuda_stub(**changes: Any) -> ModuleType:
 def test_cuda_is_asked_for_true_fp32_and_a_choice_of_algorithms_that_no_clock_decides(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """TF32 is on by default, and the default search times the algorithms; no GPU has run this test's options."""
+    """TF32 is on by default, and the default search times the algorithms."""
     seen: list[Any] = []
 
     def start(path: str, sess_options: Any, providers: Any) -> Any:

@@ -1,23 +1,27 @@
-"""ONNX Runtime's CUDA provider (backend "cuda"). While a picture is drawn, latents and the sampler's table stay on the
-device: between two U-Net evaluations runs a small graph (step_*.onnx, made by bksdm_export.step_graph), and nothing is
-copied but what a caller looks at."""
+"""ONNX Runtime's CUDA provider (backend "cuda").
+
+While a picture is drawn, latents and the sampler's table stay on the device: between two U-Net evaluations runs a small
+graph (walk.py), and only the latents after a step come to the host."""
 
 from __future__ import annotations
 
 import io
 import logging
 from collections import OrderedDict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bksdm_runtime.backends import ort
+from bksdm_runtime.backends.buffers import Bound, Numbers, Place, on_host, run_options
 from bksdm_runtime.backends.ort import (
     Provider,
     Session,
@@ -28,6 +32,7 @@ from bksdm_runtime.backends.ort import (
     session_options,
     threads_of,
 )
+from bksdm_runtime.backends.walk import Walk
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.contract import DEEP, Component
 from bksdm_runtime.engine import Engine, EngineError, EngineSettings
@@ -43,62 +48,14 @@ _OPTIONS: Mapping[str, str] = {
     # The default, EXHAUSTIVE, times the algorithms and may choose another each run (onnxruntime issue 19822).
     "cudnn_conv_algo_search": "HEURISTIC",
 }
-# Shapes that buffers are kept for, and runs that are captured as CUDA graphs: what is captured cannot be let go of.
-_KEPT, _CAPTURED = 4, 16
-PAST = 5  # earlier outputs that step_*.onnx remembers
-_COLUMNS = 5 + PAST
-_MOST_EVALUATIONS = 1024  # room in the table: 1,000 steps, and PNDM's one more
+# What is captured as a CUDA graph cannot be let go of: a graph's first shapes are, and keep their buffers; of those
+# after them the last few do. Between evaluations a pair of shapes takes two graphs, with next to no memory.
+_CAPTURED, _KEPT, _STEPS_CAPTURED = 16, 4, 64
+_CALLS = -1  # the lane of calls, which must not touch the buffers of a picture that is being drawn
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where sessions run and buffers lie. captures: whether a shape's kernels are replayed as one CUDA graph."""
-
-    provider: Provider
-    device: str
-    captures: bool
-
-
 CUDA = Place(Provider("CUDAExecutionProvider", {**_OPTIONS, "enable_cuda_graph": "1"}), "cuda", captures=True)
-
-
-class Bound:
-    """A graph at one set of shapes: buffers that stay where they are on the device, and the run that fills them.
-
-    inputs, outputs: the library's OrtValues by name. number: of the CUDA graph that the run is captured as, if any.
-    """
-
-    def __init__(self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], number: int | None) -> None:
-        self.inputs, self.outputs = dict(inputs), dict(outputs)
-        self._session = session
-        self._binding = session.io_binding()
-        for name, value in inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for name, value in outputs.items():
-            self._binding.bind_ortvalue_output(name, value)
-        self._options = _run_options(number)
-
-    def fill(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-        """Copy arrays of the buffers' own dtypes and shapes into inputs."""
-        for name, array in arrays.items():
-            self.inputs[name].update_inplace(np.ascontiguousarray(array))
-
-    def run(self) -> None:
-        """Returns when the device is done."""
-        self._session.run_with_iobinding(self._binding, self._options)
-
-
-def _on_host(value: Any) -> NDArray[np.generic]:
-    """A copy, also where the buffer lies on the host itself."""
-    return np.array(value.numpy())
-
-
-def _run_options(number: int | None) -> Any:
-    options = ort.library.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", "-1" if number is None else str(number))
-    return options
 
 
 class CudaEngine:
@@ -116,8 +73,9 @@ class CudaEngine:
         self._place = place
         self._dtypes = {spec.name: spec.dtype for spec in component.inputs}
         self._outputs = [spec.name for spec in component.outputs]
-        self._bound: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
-        self._numbers = _Numbers(place)
+        self._captured: dict[tuple[object, ...], Bound] = {}
+        self._passing: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
+        self._numbers = Numbers(place, _CAPTURED)
 
     def __call__(self, inputs: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         ready = to_graph(self.name, self.component, inputs)
@@ -125,24 +83,34 @@ class CudaEngine:
             bound = self.bind({name: array.shape for name, array in ready.items()})
             bound.fill(ready)
             bound.run()
-            arrays = {name: _on_host(value) for name, value in bound.outputs.items()}
+            arrays = {name: on_host(value) for name, value in bound.outputs.items()}
         except Exception as error:  # the library's own exceptions share no base class
             raise run_error(self.name, ready, error, first_line(error)) from error
         return to_caller(arrays)
 
-    def bind(self, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any] | None = None) -> Bound:
-        """Buffers for inputs of these shapes, the last few kept. given: other graphs' buffers, read in place."""
-        key = (*sorted(shapes.items()), *(id(value) for value in (given or {}).values()))
-        if key not in self._bound:
+    def bind(
+        self, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any] | None = None, lane: int = _CALLS
+    ) -> Bound:
+        """Buffers for inputs of these shapes. given: other graphs' buffers, read in place. lane: whose they are; what
+        two lanes compute at once is kept apart."""
+        key = (lane, *sorted(shapes.items()), *(id(value) for value in (given or {}).values()))
+        if key in self._captured:
+            return self._captured[key]
+        if key not in self._passing:
+            number = self._numbers.next()
+            if number is None and len(self._passing) >= _KEPT:
+                self._passing.popitem(last=False)  # before there are others: as many in memory as are kept, no more
             inputs = {
                 name: given[name] if given and name in given else self._buffer(shape, self._dtypes[name])
                 for name, shape in shapes.items()
             }
-            self._bound[key] = Bound(self._session, inputs, self._found_outputs(inputs), self._numbers.next())
-            if len(self._bound) > _KEPT:
-                self._bound.popitem(last=False)
-        self._bound.move_to_end(key)
-        return self._bound[key]
+            bound = Bound(self._session, inputs, self._found_outputs(inputs), number)
+            if number is not None:
+                self._captured[key] = bound
+                return bound
+            self._passing[key] = bound
+        self._passing.move_to_end(key)
+        return self._passing[key]
 
     def _found_outputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs where the library puts them itself, in one run that is for their shapes alone."""
@@ -151,12 +119,12 @@ class CudaEngine:
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name, self._place.device)
-        self._session.run_with_iobinding(binding, _run_options(None))
+        self._session.run_with_iobinding(binding, run_options(None))
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
     def _buffer(self, shape: Sequence[int], dtype: str) -> Any:
         """On the device, filled with zeros: what lies there else may be NaN."""
-        return ort.library.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._place.device, 0)
+        return self._place.buffer(np.zeros(shape, dtype))
 
 
 class CudaUNet(CudaEngine):
@@ -166,7 +134,9 @@ class CudaUNet(CudaEngine):
         self, name: str, component: Component, session: Session, place: Place, settings: EngineSettings, arithmetic: str
     ) -> None:
         super().__init__(name, component, session, place, settings, arithmetic)
-        self._walks: OrderedDict[tuple[int, ...], _Walk] = OrderedDict()
+        self._walks: OrderedDict[tuple[int, tuple[int, ...]], Walk] = OrderedDict()
+        self._steps_numbers = Numbers(place, _STEPS_CAPTURED)
+        self._lanes: set[int] = set()  # of pictures that are being drawn
 
     def sample(
         self,
@@ -185,10 +155,11 @@ class CudaUNet(CudaEngine):
         x = noise * f(schedule.initial[1])
         if clean is not None:
             x = clean * f(schedule.initial[0]) + x
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in (("latents", x), ("context", context)))
+        lane = next(number for number in count() if number not in self._lanes)
+        self._lanes.add(lane)
         try:
-            loop = self._plan(planned, x.shape, context, shallow)
-            walk = self._walk(x.shape)
+            loop = self._plan(planned, x.shape, context, shallow, lane)
+            walk = self._walk(x.shape, lane)
             walk.start(schedule, x, np.ones(len(x), f) if guidance is None else guidance)
             loop[0].bound.fill(self._first_inputs(schedule, x, loop[0].bound))
             for i, (timestep, now) in enumerate(zip(schedule.timesteps, loop, strict=True)):
@@ -200,12 +171,25 @@ class CudaUNet(CudaEngine):
         except EngineError:
             raise
         except Exception as error:  # the library's own exceptions share no base class
-            raise EngineError(f"{self.name} failed at {shapes}: {first_line(error)}") from error
+            raise run_error(self.name, {"latents": x, "context": context}, error, first_line(error)) from error
+        finally:
+            self._lanes.discard(lane)
 
     def _plan(
-        self, planned: Sequence[Evaluation], latents: tuple[int, ...], context: Array, shallow: Engine | None
+        self,
+        planned: Sequence[Evaluation],
+        latents: tuple[int, ...],
+        context: Array,
+        shallow: Engine | None,
+        lane: int,
     ) -> list[_Evaluated]:
-        """What each evaluation runs, its context filled in."""
+        """What each evaluation runs, its context filled in. Raises EngineError where `shallow` is of another kind."""
+        if shallow is not None and not (
+            isinstance(shallow, CudaEngine) and self._dtypes.items() <= shallow._dtypes.items()
+        ):
+            raise EngineError(
+                f"{self.name} and the shallow U-Net differ in backend ({self.backend}, {shallow.backend}) or in dtypes"
+            )
         loop: list[_Evaluated] = []
         deep: Any = None  # the buffer that holds the newest deep features
         for now in planned:
@@ -215,14 +199,17 @@ class CudaUNet(CudaEngine):
                 "timestep": (rows,),
                 "encoder_hidden_states": (rows, *context.shape[1:]),
             }
-            if now.full or not isinstance(shallow, CudaEngine):
-                bound = self.bind(shapes)
+            before = loop[-1].bound if loop else None
+            if now.full or shallow is None:
+                bound = self.bind(shapes, lane=lane)
                 deep, copied = bound.outputs.get(DEEP), None
+            elif before is not None and before.inputs.get(DEEP) is deep:  # it reads what it was given a copy of
+                bound, copied = before, None
             else:
                 found = tuple(deep.shape())
                 shapes[DEEP] = (rows, *found[1:])
                 shared = found[0] == rows
-                bound = shallow.bind(shapes, {DEEP: deep} if shared else {})
+                bound = shallow.bind(shapes, {DEEP: deep} if shared else {}, lane)
                 deep, copied = bound.inputs[DEEP], None if shared else deep
             loop.append(_Evaluated(bound, copied))
         half = self._dtypes["encoder_hidden_states"]
@@ -239,34 +226,23 @@ class CudaUNet(CudaEngine):
             "timestep": np.full(rows, schedule.timesteps[0], np.float32),
         }
 
-    def _walk(self, latents: tuple[int, ...]) -> _Walk:
-        if latents not in self._walks:
-            self._walks[latents] = _Walk(self._step, self._place.device, latents, self._numbers)
-            if len(self._walks) > _KEPT:
+    def _walk(self, latents: tuple[int, ...], lane: int) -> Walk:
+        key = lane, latents
+        if key not in self._walks:
+            while len(self._walks) >= _CAPTURED:
                 self._walks.popitem(last=False)
-        self._walks.move_to_end(latents)
-        return self._walks[latents]
+            self._walks[key] = Walk(self._step, self._place, latents, self._steps_numbers)
+        self._walks.move_to_end(key)
+        return self._walks[key]
 
     @cached_property
     def _step(self) -> Any:
         """The session of the graph between two evaluations."""
         graph = Path(__file__).with_name(f"step_{self._dtypes['sample']}.onnx")
         options = ort.library.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1  # its few nodes run on the device
         options.enable_mem_pattern = False
         return open_session("step", str(graph), self.backend, self._place.provider, options)
-
-
-class _Numbers:
-    """Numbers of CUDA graphs within a session; none past _CAPTURED, and none where nothing is captured."""
-
-    def __init__(self, place: Place) -> None:
-        self._left = _CAPTURED if place.captures else 0
-
-    def next(self) -> int | None:
-        if not self._left:
-            return None
-        self._left -= 1
-        return _CAPTURED - self._left
 
 
 @dataclass(frozen=True)
@@ -275,97 +251,6 @@ class _Evaluated:
 
     bound: Bound
     copied: Any
-
-
-class _Walk:
-    """Latents and what is remembered of earlier outputs, in two sets of buffers: a step reads one and writes the other.
-
-    They stay where they are from picture to picture, so that a captured graph stays right.
-    """
-
-    def __init__(self, session: Any, device: str, latents: tuple[int, ...], numbers: _Numbers) -> None:
-        self._session = session
-        self._batch = latents[0]
-        self._numbers = numbers
-
-        def zeros(*shape: int, dtype: str = "float32") -> Any:
-            return ort.library.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
-
-        self._fixed = {
-            "table": zeros(_MOST_EVALUATIONS, self._batch, _COLUMNS, 1, 1, 1),
-            "guidance": zeros(self._batch, 1, 1, 1),
-        }
-        self._sets = [
-            {
-                "latents": zeros(*latents),
-                "history": zeros(latents[0], PAST, *latents[1:]),
-                "index": zeros(1, dtype="int64"),
-            }
-            for _ in range(2)
-        ]
-        self._turn = 0
-        # The bounds beside each pair are those that it is made of: as long as they live, no other has their ids.
-        self._pairs: dict[tuple[int, int], tuple[tuple[Bound, Bound], list[Bound]]] = {}
-
-    def start(self, schedule: Schedule, latents: Array, guidance: Array) -> None:
-        """Begin a picture. Raises EngineError where the schedule has more rows than there is room for."""
-        if len(schedule.timesteps) > _MOST_EVALUATIONS:
-            raise EngineError(f"{len(schedule.timesteps)} evaluations are too many: at most {_MOST_EVALUATIONS}")
-        self._turn = 0
-        self._fixed["table"].update_inplace(table(schedule, self._batch))
-        self._fixed["guidance"].update_inplace(np.ascontiguousarray(guidance, np.float32)[:, None, None, None])
-        first = self._sets[0]
-        first["latents"].update_inplace(np.ascontiguousarray(latents, np.float32))
-        first["history"].update_inplace(np.zeros(first["history"].shape(), np.float32))
-        first["index"].update_inplace(np.zeros(1, np.int64))
-
-    def step(self, source: Bound, target: Bound) -> Array:
-        """From what a U-Net gave in `source` to what it is to read in `target`; the latents after it, a new array."""
-        key = id(source), id(target)
-        if key not in self._pairs:
-            self._pairs[key] = (source, target), [self._bind(source, target, turn) for turn in range(2)]
-        self._pairs[key][1][self._turn].run()
-        self._turn = 1 - self._turn
-        return cast(Array, _on_host(self._sets[self._turn]["latents"]))
-
-    def _bind(self, source: Bound, target: Bound, turn: int) -> Bound:
-        given, next_rows = source.outputs["out_sample"], target.inputs["sample"].shape()[0]
-        rows = given.shape()[0]
-        here, there = self._sets[turn], self._sets[1 - turn]
-        on_cpu = {
-            "negative_end": [self._batch],
-            "positive_start": [rows - self._batch],
-            "repeats": [next_rows // self._batch, 1, 1, 1],
-        }
-        small = {name: ort.library.OrtValue.ortvalue_from_numpy(np.array(v, np.int64)) for name, v in on_cpu.items()}
-        return Bound(
-            self._session,
-            {"out_sample": given, **here, **self._fixed, **small},
-            {
-                **{f"next_{name}": value for name, value in there.items()},
-                "sample": target.inputs["sample"],
-                "timestep": target.inputs["timestep"],
-            },
-            self._numbers.next(),
-        )
-
-
-def table(schedule: Schedule, batch: int) -> Array:
-    """The sampler's table as step_*.onnx reads it, [1024, B, 10, 1, 1, 1]: a row for each evaluation.
-
-    Columns: factors of latents and of output in what is remembered; of latents; of the next input; the next timestep;
-    of what is remembered, newest first. Rows past the schedule's are zero.
-    """
-    evaluations = len(schedule.timesteps)
-    rows = np.zeros((_MOST_EVALUATIONS, _COLUMNS), np.float32)
-    rows[:evaluations, :2] = schedule.keep
-    rows[:evaluations, 2] = schedule.a
-    rows[: evaluations - 1, 3] = schedule.input_scale[1:]
-    rows[: evaluations - 1, 4] = schedule.timesteps[1:]
-    rows[:evaluations, _COLUMNS - PAST : _COLUMNS - PAST + schedule.b.shape[1]] = schedule.b
-    return np.ascontiguousarray(np.broadcast_to(rows[:, None], (_MOST_EVALUATIONS, batch, _COLUMNS)))[
-        ..., None, None, None
-    ]
 
 
 def open_component(bundle: Bundle, component: str, settings: EngineSettings, place: Place = CUDA) -> CudaEngine:
@@ -379,10 +264,17 @@ def open_component(bundle: Bundle, component: str, settings: EngineSettings, pla
         component, path, settings.backend, place.provider, session_options(threads_of(settings), bundle)
     )
     check_session(component, facts, session)
-    dtypes = {spec.name: spec.dtype for spec in facts.inputs}
-    # The step's graph hands timesteps on as float32; a U-Net that takes others is stepped on the host.
-    kind = CudaUNet if component == "unet" and dtypes["timestep"] == "float32" else CudaEngine
+    kind = CudaUNet if component == "unet" and _is_stepped(facts) else CudaEngine
     return kind(component, facts, session, place, settings, arithmetic)
+
+
+def _is_stepped(unet: Component) -> bool:
+    """Whether step_*.onnx fits: timesteps in float32, and output and input alike. Else it is stepped on the host."""
+    dtypes = {spec.name: spec.dtype for spec in (*unet.inputs, *unet.outputs)}
+    return dtypes["timestep"] == "float32" and dtypes["sample"] == dtypes["out_sample"]
+
+
+_PRELOADING = Lock()  # components are opened side by side, and redirect_stdout changes what all threads print to
 
 
 def _preload_cuda() -> None:
@@ -391,8 +283,13 @@ def _preload_cuda() -> None:
     What it cannot load is no error yet: the system may have it elsewhere, and the provider tells when it starts.
     """
     preload = getattr(ort.library, "preload_dlls", None)
-    if preload is None:
-        return
+    if preload is not None:
+        with _PRELOADING:
+            _preload(preload)
+
+
+@cache  # once a process
+def _preload(preload: Callable[[], None]) -> None:
     said = io.StringIO()
     with redirect_stdout(said):  # it prints, and stdout carries paths
         preload()

@@ -106,8 +106,8 @@ def threads_of(settings: EngineSettings) -> int:
     return physical_cores() if settings.threads is None else settings.threads
 
 
-def open_session(component: str, model: str | bytes, backend: str, provider: Provider, options: Any) -> Session:
-    """A session of a graph's file, or of its bytes, on a provider that is really in use. Raises EngineError."""
+def open_session(component: str, path: str, backend: str, provider: Provider, options: Any) -> Session:
+    """A session of a graph's file on a provider that is really in use. Raises EngineError."""
     library.set_default_logger_severity(_LOG_FATAL_ONLY)
     if provider.name not in cast("list[str]", library.get_available_providers()):
         raise EngineError(
@@ -117,10 +117,9 @@ def open_session(component: str, model: str | bytes, backend: str, provider: Pro
         )
     chosen = [(provider.name, dict(provider.options))]
     try:
-        session = cast(Session, library.InferenceSession(model, sess_options=options, providers=chosen))
+        session = cast(Session, library.InferenceSession(path, sess_options=options, providers=chosen))
     except Exception as error:  # the library's own exceptions share no base class
-        what = model if isinstance(model, str) else "its graph"
-        raise EngineError(f"{component}: ONNX Runtime cannot open {what}: {first_line(error)}") from error
+        raise EngineError(f"{component}: ONNX Runtime cannot open {path}: {first_line(error)}") from error
     active = session.get_providers()
     if provider.name not in active:  # ONNX Runtime falls back to the CPU without an error
         raise EngineError(

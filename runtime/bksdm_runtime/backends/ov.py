@@ -21,6 +21,7 @@ from bksdm_runtime.compiled_cache import Entry
 from bksdm_runtime.contract import Component, TensorSpec
 from bksdm_runtime.cores import physical_cores
 from bksdm_runtime.engine import EngineError, EngineSettings
+from bksdm_runtime.mapped import release
 from bksdm_runtime.tensors import check_tensors, run_error, to_caller, to_graph
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class OvEngine:
             model = self.read()
             model.reshape({spec.name: shape for spec, shape in zip(self.component.inputs, shapes, strict=True)})
             compiled = cast(_Compiled, _core().compile_model(model, "CPU", self._config))
+            release(self._bundle.root)  # packed by now: a gigabyte of tiny's that would stay resident beside it
             if entry is not None:
                 entry.write(compiled.export_model().getbuffer())
         does = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
