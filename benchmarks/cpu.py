@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _save(chosen.json, written)
     print(f"all samples: {chosen.json}")
     if chosen.write:
-        cpu_page.write(PAGE, written)
-        print(f"written: {PAGE}")
+        cpu_page.write(chosen.write, written)
+        print(f"written: {chosen.write}")
     every = [result for part in written["variants"].values() for result in part["contenders"]]
     ours = [result for result in every if result["kind"] == "ours"]
     return 1 if any(result["failed"] for result in ours) or not any(result["samples"] for result in ours) else 0
@@ -265,7 +265,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "bksdm-benchmark", help="kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: figures.json in the cache")
     parser.add_argument("--resume", action="store_true", help="keep the samples that the JSON has, go on from there")
-    parser.add_argument("--write", action="store_true", help="docs/cpu-benchmark.md and its charts")
+    parser.add_argument(
+        "--write", type=Path, nargs="?", const=PAGE, metavar="PAGE", help="tables and charts of docs/cpu-benchmark.md"
+    )
     parser.add_argument("--quick", action="store_true", help="does it work: the demo, this environment, no judgement")
     chosen = parser.parse_args(arguments)
     if min(chosen.rounds, chosen.pictures, chosen.threads) < 1 or chosen.steps < 2:

@@ -30,13 +30,14 @@ def tables(written: Written) -> str:
 
 
 def write(page: Path, written: Written) -> None:
-    """Put the tables between the page's markers and the charts beside it."""
+    """Put the tables between the page's markers, and beside it the charts that it shows."""
     text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     page.write_text(f"{before}{BEGIN}\n\n{tables(written)}\n{END}{after}", encoding="utf-8")
-    chart_contenders(page.parent / CHARTS["contenders"], written)
-    if len(written["figures"]) > 1:
+    if CHARTS["contenders"] in text:
+        chart_contenders(page.parent / CHARTS["contenders"], written)
+    if CHARTS["macs"] in text and len(written["figures"]) > 1:
         chart_macs(page.parent / CHARTS["macs"], written)
 
 

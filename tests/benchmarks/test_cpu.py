@@ -275,12 +275,12 @@ def test_the_page_has_tables_reasons_and_charts(module: Any, tmp_path: Path) -> 
     written["figures"] = figures.summarise(written)
     path = tmp_path / "docs" / "page.md"
     path.parent.mkdir()
-    path.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    path.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter {' '.join(page.CHARTS.values())}\n")
     page.write(path, written)
     text = path.read_text()
     assert "old" not in text
     assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
+    assert "\nafter images/" in text
     assert "| tiny | peer bf16 | no bf16 / here |" in text
     row = next(line for line in text.splitlines() if line.startswith("| peer |"))
     assert "2.91 (2.58 to 3.00)" in row
@@ -290,3 +290,8 @@ def test_the_page_has_tables_reasons_and_charts(module: Any, tmp_path: Path) -> 
             assert drawn.width > 500
     page.write(path, written)
     assert path.read_text() == text
+    plain = tmp_path / "plain" / "page.md"
+    plain.parent.mkdir()
+    plain.write_text(f"{page.BEGIN}\n{page.END}\n")
+    page.write(plain, written)
+    assert [one.name for one in plain.parent.iterdir()] == ["page.md"]  # charts where they are shown

@@ -168,12 +168,12 @@ def test_fused_graphs_are_compared_where_there_is_a_gpu(
 
 
 def test_a_gpu_that_does_not_start_leaves_the_export_alone(
-    toy_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
         raise EngineError("CUDAExecutionProvider did not start")
 
-    bundle = bundles.load(toy_bundle)
+    bundle = bundles.load(exported("fp32"))
     monkeypatch.setattr(recipe, "has_cuda", lambda: True)
     monkeypatch.setattr(recipe, "open_engine", refuse)
     assert not recipe._cuda_starts(bundle)
