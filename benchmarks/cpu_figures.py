@@ -115,6 +115,10 @@ def psnr(result: Result, reference: Result) -> float | None:
 
     if not all(one["picture"] and Path(one["picture"]).is_file() for one in (result, reference)):
         return None
-    pixels = [np.asarray(Image.open(one["picture"]).convert("RGB"), np.float64) for one in (result, reference)]
-    error = float(np.mean((pixels[0] - pixels[1]) ** 2))
+    return decibels(*(np.asarray(Image.open(one["picture"]).convert("RGB")) for one in (result, reference)))
+
+
+def decibels(one: Any, other: Any) -> float:
+    """PSNR of two arrays of 8-bit pixels, SAME where they are equal."""
+    error = float(((one.astype("float64") - other) ** 2).mean())
     return 10 * log10(255**2 / error) if error else SAME

@@ -22,12 +22,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from math import log10
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from cpu_figures import decibels
 from cpu_make import HERE, REPOSITORY, SOURCES, MakeError, run, source_digest
 
 PROMPT, SEED, GUIDANCE = "a red apple on a white table, studio photograph", 7, 7.5
@@ -101,11 +101,10 @@ def faults(written: dict[str, Any]) -> list[str]:
 
 
 def _psnr(one: Path, other: Path) -> float | None:
-    """dB between two pictures; None where one is not there, 120 where they are the same."""
+    """dB between two saved pictures; None where one is not there."""
     if not (one.is_file() and other.is_file()):
         return None
-    error = float(np.mean((np.load(one).astype(np.float64) - np.load(other).astype(np.float64)) ** 2))
-    return 10 * log10(255**2 / error) if error else 120.0
+    return decibels(np.load(one), np.load(other))
 
 
 def _contend(chosen: argparse.Namespace, variant: str, name: str, task: dict[str, Any]) -> dict[str, Any]:
