@@ -1,4 +1,4 @@
-"""Stable Diffusion on a GPU: this runtime's CUDA provider against diffusers, eager and compiled, in one run.
+"""Stable Diffusion on a GPU: this runtime's backends against diffusers, eager and compiled, in one run.
 
     python benchmarks/gpu.py --variants tiny sd-v1.4 --rounds 2 --json gpu-report.json
     python benchmarks/gpu.py --page gpu-report.json        writes docs/gpu.md's tables and chart from a report
@@ -9,7 +9,8 @@ Medians and 95th percentiles (the slowest, of 20 or fewer) are over all rounds, 
 U-Net count attention's products; its share is of the fastest fp16 matrix product of the same card in the same run.
 Larger batches are drawn by ours and eager diffusers, of the first variant, in the first round, three pictures each. A
 contender's picture is held against eager diffusers'. Exit 1 where one of ours failed or drew another picture, or an aim
-is missed.
+is missed. TensorRT and TensorRT-RTX take part where they are installed; their engines are built before, one profile for
+each batch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +39,8 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     OURS: ("ours", {}),
     "ours, without CUDA graphs": ("ours", {"graphs": False}),
     "ours, graphs as ONNX writes them": ("ours", {"fused": False}),
+    "ours, TensorRT": ("ours", {"backend": "tensorrt"}),
+    "ours, TensorRT-RTX": ("ours", {"backend": "tensorrt-rtx"}),
     EAGER: ("diffusers", {}),
     COMPILED: ("diffusers", {"compiled": True}),
 }
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     for number, variant in enumerate(chosen.variants):
-        names = list(chosen.contenders or (CONTENDERS if number == 0 else ELSEWHERE))
+        names = list(chosen.contenders or (here() if number == 0 else ELSEWHERE))
         part: dict[str, Any] = {"work": _work(chosen, variant), "rounds": []}
         written["variants"][variant] = part
         for turn in range(chosen.rounds if number == 0 else 1):
@@ -85,6 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _save(chosen.json, written)
     print(json.dumps(written["figures"], indent=1))
     return 1 if faults(written) else 0
+
+
+def here() -> list[str]:
+    """Contenders whose library is installed."""
+    modules = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+    backends = {name: options.get("backend") for name, (_, options) in CONTENDERS.items()}
+    return [name for name, backend in backends.items() if backend is None or find_spec(modules[backend]) is not None]
 
 
 def faults(written: dict[str, Any]) -> list[str]:
@@ -172,6 +183,26 @@ def _make(chosen: argparse.Namespace) -> None:
 
     with ThreadPoolExecutor(len(chosen.variants)) as pool:
         list(pool.map(make, chosen.variants))
+    for name in chosen.contenders or here():
+        library = CONTENDERS[name][1].get("backend")
+        if library is not None:
+            _build(chosen, library, chosen.variants[0])
+
+
+def _build(chosen: argparse.Namespace, library: str, variant: str) -> None:
+    """Engines of a variant's bundle. What fails is said here, and again by the contender, which has none."""
+    command = [
+        sys.executable,
+        "-c",
+        "from bksdm_export.build_cli import main; main()",
+        str(chosen.cache / variant / "bundle"),
+    ]
+    sizes = ["--library", library, "--height", str(chosen.size), "--width", str(chosen.size)]
+    batches = [word for batch in sorted({1, *chosen.batches}) for word in ("--batch", str(batch))]
+    try:
+        run([*command, *sizes, *batches], f"engines for {library}", chosen.cache / f"{library}.log", _environment())
+    except MakeError as error:
+        print(error, file=sys.stderr)
 
 
 def _work(chosen: argparse.Namespace, variant: str) -> dict[str, float]:

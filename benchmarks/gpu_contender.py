@@ -2,7 +2,8 @@
 
 python benchmarks/gpu_contender.py TASK FILE
 
-kind: "ours" (options: fused, graphs), "diffusers" (options: compiled) or "peak" (what the matrix units reach)."""
+kind: "ours" (options: backend, fused, graphs), "diffusers" (options: compiled) or "peak" (what the matrix units
+reach)."""
 
 from __future__ import annotations
 
@@ -24,7 +25,6 @@ EVALUATIONS = 30  # of the U-Net alone, after the warm-up
 class Ours:
     def __init__(self, task: dict[str, Any]) -> None:
         from bksdm_runtime import bundle as bundles
-        from bksdm_runtime.backends import cuda
         from bksdm_runtime.bundle import FUSED
         from bksdm_runtime.engine import EngineSettings
         from bksdm_runtime.pipeline import Pipeline
@@ -34,9 +34,13 @@ class Ours:
         if not task["options"].get("fused", True):
             plain = {name: file for name, file in bundle.manifest.files.items() if not name.endswith(FUSED)}
             bundle = replace(bundle, manifest=replace(bundle.manifest, files=plain))
-        if not task["options"].get("graphs", True):
-            cuda.open_component = partial(cuda.open_component, place=replace(cuda.CUDA, captures=False))
-        self.pipe = Pipeline.open(bundle, EngineSettings(backend="cuda"))
+        self.backend = task["options"].get("backend", "cuda")
+        if self.backend == "cuda":
+            from bksdm_runtime.backends import cuda
+
+            if not task["options"].get("graphs", True):
+                cuda.open_component = partial(cuda.open_component, place=replace(cuda.CUDA, captures=False))
+        self.pipe = Pipeline.open(bundle, EngineSettings(backend=self.backend))
 
     def draw(self, batch: int) -> list[np.ndarray]:
         from bksdm_runtime.request import Request
@@ -62,18 +66,39 @@ class Ours:
         decoder: Any = self.pipe._engines["vae_decoder"]
         decoding = decoder.bind({"latent_sample": (1, facts.latent_channels, side, side)})
         latents = np.random.default_rng(0).standard_normal((1, facts.latent_channels, side, side)).astype(np.float32)
-        decoding.fill({"latent_sample": latents.astype(decoder._dtypes["latent_sample"])})
+        dtype = next(spec.dtype for spec in decoder.component.inputs if spec.name == "latent_sample")
+        decoding.fill({"latent_sample": latents.astype(dtype)})
         return {
             "text": lambda: [self.pipe.encode_text(text) for text in ("", self.task["prompt"])],
-            "unet": bound.run,
-            "decode": decoding.run,
+            "unet": self._to_its_end(unet, bound),
+            "decode": self._to_its_end(decoder, decoding),
             "decode to pixels": lambda: self.pipe.decode(latents * facts.scaling_factor),
         }
 
-    def versions(self) -> dict[str, str]:
-        import onnxruntime
+    def _to_its_end(self, engine: Any, bound: Any) -> Callable[[], object]:
+        """One evaluation, as a CUDA graph where the backend has them, until the device is done."""
+        if self.backend == "cuda":
+            return bound.run
+        bound.run()
+        engine.stream.wait()
+        graph = engine.stream.capture(bound.run) if bound.can_be_captured else None
 
-        return {"onnxruntime": onnxruntime.__version__}
+        def evaluate() -> None:
+            if graph is None:
+                bound.run()
+            else:
+                engine.stream.replay(graph)
+            engine.stream.wait()
+
+        return evaluate
+
+    def versions(self) -> dict[str, str]:
+        if self.backend == "cuda":
+            import onnxruntime
+
+            return {"onnxruntime": onnxruntime.__version__}
+        engine: Any = self.pipe._engines["unet"]
+        return {self.backend: engine.loaded.plan.key.machine.version}
 
 
 class Diffusers:

@@ -12,12 +12,15 @@ from pathlib import Path
 import click
 
 from bksdm.variants import VARIANTS
+from bksdm_export.build_cli import shown
+from bksdm_export.build_cli import table as engines_table
 from bksdm_export.graphs import DEPTHS, INT8_ERROR, PRECISIONS, STORAGES
 from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-export"
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _DEFAULT_VARIANT = "small"
+TARGETS = ("onnx", "tensorrt")
 _WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".pkl")
 _LORA_FILE = "pytorch_lora_weights.safetensors"  # bksdm.lora.FILE, which needs torch
 # What the export extra brings.
@@ -56,9 +59,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
-    default="fp32",
-    show_default=True,
-    help="Of the arithmetic: fp32 or int8 for a CPU, fp16 for a GPU.",
+    help="Of the arithmetic: fp32 or int8 for a CPU, fp16 for a GPU.  [default: fp32; for --target tensorrt fp16]",
 )
 @click.option(
     "--storage",
@@ -72,6 +73,13 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     help=f"What int8 may change in the U-Net's output; less leaves more layers in fp32.  [default: {INT8_ERROR:g}]",
 )
 @click.option("--step-cache", is_flag=True, help="Write what bksdm-run --cache-interval needs, too.")
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="onnx",
+    show_default=True,
+    help="tensorrt: an fp16 bundle, and engines of it for the GPU here, as bksdm-build makes them.",
+)
 @click.option(
     "--verify",
     "depth",
@@ -100,10 +108,11 @@ def command(
     revision: str | None,
     allow_pickle: bool,
     seed: int | None,
-    precision: str,
+    precision: str | None,
     storage: str | None,
     int8_error: float | None,
     step_cache: bool,
+    target: str,
     depth: str,
     output: Path | None,
     force: bool,
@@ -117,6 +126,10 @@ def command(
     bksdm-export --weights my-checkpoint/ --unet runs/student/unet
     bksdm-export --variant small --lora runs/dog --lora-scale 0.8
     """
+    if precision is None:
+        precision = "fp32" if target == "onnx" else "fp16"
+    if target == "tensorrt" and precision != "fp16":
+        raise click.UsageError(f"--target tensorrt is for --precision fp16, and this is {precision}: leave it out")
     if seed is not None and weights != "random":
         raise click.UsageError("--seed draws the weights of --weights random, and these are not drawn: leave it out")
     if revision is not None and weights is not None:
@@ -144,6 +157,8 @@ def command(
         from bksdm_export.errors import ExportError
         from bksdm_export.recipe import ExportRequest, export_variant
         from bksdm_export.report import table
+        from bksdm_export.tensorrt_versions import MissingLibrary
+        from bksdm_export.to_tensorrt import BuildRequest, build_engines, can_build
 
         if precision == "int8":
             import nncf  # noqa: F401 - as above
@@ -173,6 +188,8 @@ def command(
             step_cache=step_cache,
         )
     try:
+        if target == "tensorrt":
+            can_build()  # told before minutes have passed
         request = ExportRequest(
             output=output,
             variant=variant,
@@ -191,9 +208,20 @@ def command(
             force=force,
         )
         folder = export_variant(request, progress)
+    except MissingLibrary as error:
+        click.echo(f"{_PROGRAM}: --target tensorrt {error}", err=True)
+        return 2
     except (ExportError, CheckpointError) as error:
         click.echo(f"{_PROGRAM}: {error}", err=True)
         return 1
+    if target == "tensorrt":
+        try:
+            with shown() as built_so_far:
+                built = build_engines(BuildRequest(folder), built_so_far)
+        except ExportError as error:
+            click.echo(f"{_PROGRAM}: {error} (the bundle is whole: go on with bksdm-build {folder})", err=True)
+            return 1
+        click.echo(engines_table(built), err=True)
     click.echo(table(folder))
     click.echo(str(folder))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from bksdm_runtime import plans
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.contract import Component
 from bksdm_runtime.devices import cuda_devices
@@ -41,7 +42,8 @@ class EngineSettings:
     threads: how many a backend may use, None for one per physical core.
     arithmetic: "f32", "bf16", or "auto" for the fastest that the backend has on this machine; see Engine.arithmetic.
     pinning: whether OpenVINO ties its threads to cores.
-    compiled_cache: a folder that keeps what OpenVINO compiled, for the next process; None keeps nothing.
+    compiled_cache: a folder that keeps what OpenVINO or TensorRT-RTX compiled, for the next process; None keeps
+    nothing.
     """
 
     backend: str = "auto"
@@ -111,21 +113,41 @@ class Sampler(Protocol):
         ...
 
 
+@runtime_checkable
+class Bounded(Protocol):
+    """An engine that takes only the shapes that it was built for."""
+
+    def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether it takes inputs of these shapes, by name."""
+        ...
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows that it takes in one call, at some size."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Backend:
-    """Where a backend lives: its module has open_component(bundle, component, settings) -> Engine."""
+    """Where a backend lives: its module has open_component(bundle, component, settings) -> Engine.
+
+    libraries: what it imports, by top-level name; extra: what brings them.
+    """
 
     module: str
-    library: str
+    libraries: tuple[str, ...]
     extra: str
 
 
 _BACKENDS: Mapping[str, _Backend] = {
-    "openvino": _Backend("bksdm_runtime.backends.ov", "openvino", "openvino"),
-    "onnxruntime": _Backend("bksdm_runtime.backends.ort", "onnxruntime", "cpu"),
-    "cuda": _Backend("bksdm_runtime.backends.cuda", "onnxruntime", "cuda"),
+    "tensorrt": _Backend("bksdm_runtime.backends.trt", ("tensorrt", "cuda"), "tensorrt"),
+    "tensorrt-rtx": _Backend("bksdm_runtime.backends.rtx", ("tensorrt_rtx", "cuda"), "tensorrt-rtx"),
+    "cuda": _Backend("bksdm_runtime.backends.cuda", ("onnxruntime",), "cuda"),
+    "openvino": _Backend("bksdm_runtime.backends.ov", ("openvino",), "openvino"),
+    "onnxruntime": _Backend("bksdm_runtime.backends.ort", ("onnxruntime",), "cpu"),
 }
 BACKENDS = tuple(_BACKENDS)
+ON_A_GPU = ("tensorrt", "tensorrt-rtx", "cuda")
 
 
 class _BackendModule(Protocol):
@@ -153,25 +175,36 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def resolve_backend(backend: str, *, cuda: bool = True) -> str:
-    """The backend's own name for "auto": cuda where it has a device, else openvino where it is installed, else
-    onnxruntime. Says in the log which and why. cuda: whether it may be cuda.
+def resolve_backend(backend: str, bundle: Bundle | None = None, *, without: Collection[str] = ()) -> str:
+    """The backend's own name for "auto": the first of these that is there. TensorRT and then TensorRT-RTX, where the
+    bundle has engines for it and there is a CUDA device; cuda, where there is one; openvino; onnxruntime.
 
-    Raises EngineError naming the valid ones.
+    Says in the log which and why. without: what it must not be. Raises EngineError naming the valid ones.
     """
     if backend == "auto":
-        if cuda and has_cuda():
-            log.info("backend auto: cuda, because onnxruntime-gpu is installed and there is a CUDA device")
-            return "cuda"
-        # It has bf16 where the processor does; in f32 an evaluation of tiny took 11.6 to 12.3 s of CPU, ONNX Runtime's
-        # 12.4 to 13.7. Opening a graph takes it longer (docs/cpu.md).
-        installed = importlib.util.find_spec("openvino") is not None
-        chosen = "openvino" if installed else "onnxruntime"
-        log.info("backend auto: %s, because openvino is %sinstalled", chosen, "" if installed else "not ")
+        chosen, why = next(found for found in _candidates(bundle) if found[0] not in without)
+        log.info("backend auto: %s, because %s", chosen, why)
         return chosen
     if backend not in _BACKENDS:
         raise EngineError(f"backend {backend!r} is unknown: choose auto, {', '.join(BACKENDS)}")
     return backend
+
+
+def _candidates(bundle: Bundle | None) -> Iterator[tuple[str, str]]:
+    """What "auto" may be, the best first, and why it may."""
+    for name in plans.LIBRARIES:
+        if bundle is not None and importlib.util.find_spec(_BACKENDS[name].libraries[0]) and cuda_devices():
+            if plans.built(bundle, name):
+                yield name, f"the bundle has engines for {plans.LIBRARIES[name][0]} and there is a CUDA device"
+            else:
+                log.info("backend auto: not %s, because the bundle has no engines for it (see bksdm-build)", name)
+    if has_cuda():
+        yield "cuda", "onnxruntime-gpu is installed and there is a CUDA device"
+    # It has bf16 where the processor does; in f32 an evaluation of tiny took 11.6 to 12.3 s of CPU, ONNX Runtime's
+    # 12.4 to 13.7. Opening a graph takes it longer (docs/cpu.md).
+    if importlib.util.find_spec("openvino") is not None:
+        yield "openvino", "openvino is installed"
+    yield "onnxruntime", "openvino is not installed"
 
 
 def open_engine(bundle: Bundle, component: str, settings: EngineSettings = DEFAULT_SETTINGS) -> Engine:
@@ -179,7 +212,7 @@ def open_engine(bundle: Bundle, component: str, settings: EngineSettings = DEFAU
 
     Raises EngineError, MissingBackend when the library is absent, BundleError when the bundle has no such component.
     """
-    name = resolve_backend(settings.backend)
+    name = resolve_backend(settings.backend, bundle)
     if settings.threads is not None and settings.threads < 1:
         raise EngineError(f"threads must be at least 1, found {settings.threads}")
     bundle.component_path(component)
@@ -187,9 +220,10 @@ def open_engine(bundle: Bundle, component: str, settings: EngineSettings = DEFAU
     try:
         module = cast(_BackendModule, importlib.import_module(wanted.module))
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != wanted.library:
+        missing = (error.name or "").split(".")[0]
+        if missing not in wanted.libraries:
             raise
-        raise MissingBackend(f"backend {name!r} needs {wanted.library}: pip install 'bksdm[{wanted.extra}]'") from None
+        raise MissingBackend(f"backend {name!r} needs {missing}: pip install 'bksdm[{wanted.extra}]'") from None
     except ImportError as error:  # installed, but its own libraries do not load
         raise EngineError(f"backend {name!r} is installed but does not load: {error}") from error
     return module.open_component(bundle, component, replace(settings, backend=name))

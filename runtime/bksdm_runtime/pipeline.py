@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bksdm_runtime import bundle as bundles
-from bksdm_runtime.batches import MEMORY_BUDGET, Batch, plan
+from bksdm_runtime.batches import LARGEST_AUTOMATIC_BATCH, MEMORY_BUDGET, Batch, plan
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.contract import DEEP
 from bksdm_runtime.engine import (
     DEFAULT_SETTINGS,
+    ON_A_GPU,
+    Bounded,
     Engine,
     EngineError,
     EngineSettings,
@@ -195,19 +197,20 @@ class Pipeline:
     def open(cls, bundle: Bundle | Path | str, settings: EngineSettings = DEFAULT_SETTINGS) -> Pipeline:
         """Open a bundle, or the folder of one, whose every file is then verified.
 
-        Where backend "auto" is cuda and that does not start, it is the next one, and the log says so.
+        Where backend "auto" is one on a GPU and that does not start, it is the next one, and the log says so.
         Raises BundleError, EngineError, MissingBackend.
         """
         opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle)
-        chosen = replace(settings, backend=resolve_backend(settings.backend))
-        try:
-            return cls._open(opened, chosen)
-        except EngineError as error:
-            if settings.backend != "auto" or chosen.backend != "cuda":
-                raise
-            chosen = replace(settings, backend=resolve_backend("auto", cuda=False))
-            log.warning("a GPU is there, but %s is used: %s", chosen.backend, error)
-            return cls._open(opened, chosen)
+        failed: list[str] = []
+        while True:
+            chosen = replace(settings, backend=resolve_backend(settings.backend, opened, without=failed))
+            try:
+                return cls._open(opened, chosen)
+            except EngineError as error:
+                if settings.backend != "auto" or chosen.backend not in ON_A_GPU:
+                    raise
+                log.warning("a GPU is there, but backend %s does not start: %s", chosen.backend, error)
+                failed.append(chosen.backend)
 
     @classmethod
     def _open(cls, opened: Bundle, chosen: EngineSettings) -> Pipeline:
@@ -228,7 +231,12 @@ class Pipeline:
         Everything is checked before this returns, nothing is computed until the first item is asked for.
         Raises RequestError, ScheduleError, ImageError; while running EngineError.
         """
+        unet = self._engines["unet"]
+        if batch_size is None and isinstance(unet, Bounded):  # what it takes at once was decided when it was built
+            batch_size = max(1, min(unet.most_rows // 2, LARGEST_AUTOMATIC_BATCH))
         batches, pictures = check(self.bundle, requests, batch_size=batch_size, memory_budget=memory_budget)
+        for batch in batches:
+            self._refuse(batch)
         return self._generate(batches, pictures)
 
     def draw(self, requests: Sequence[Request], *, batch_size: int | None = None) -> list[NDArray[np.uint8]]:
@@ -321,23 +329,49 @@ class Pipeline:
 
     def _prepare(self, batch: Batch) -> None:
         """Have U-Net and decoder begin, beside the text encoder, what they do once for each shape."""
-        model = self.bundle.manifest.model
-        rows = 2 * len(batch.requests) if batch.evaluations[0].guided else len(batch.requests)
-        h, w = batch.height // model.vae_scale_factor, batch.width // model.vae_scale_factor
-        wanted = {
-            "unet": {
-                "sample": (rows, model.latent_channels, h, w),
-                "timestep": (rows,),
-                "encoder_hidden_states": (rows, model.tokens, model.context_dim),
-            },
-            "vae_decoder": {"latent_sample": (1, model.latent_channels, h, w)},
-        }
-        if batch.requests[0].vae_tile is not None:
-            del wanted["vae_decoder"]  # tiles come in several shapes
+        wanted = {"unet": self._unet_shapes(batch, guided=batch.evaluations[0].guided)}
+        if batch.requests[0].vae_tile is None:  # tiles come in several shapes
+            wanted["vae_decoder"] = self._decoder_shapes(batch)
         for component, shapes in wanted.items():
             engine = self._engines[component]
             if isinstance(engine, Preparing):
                 Thread(target=engine.prepare, args=(shapes,)).start()  # no daemon: the library must end before us
+
+    def _refuse(self, batch: Batch) -> None:
+        """Refuse what an engine was not built for before anything is computed. Raises EngineError."""
+        wanted = [
+            ("unet", self._unet_shapes(batch, guided=guided)) for guided in {one.guided for one in batch.evaluations}
+        ]
+        if batch.requests[0].vae_tile is None:
+            wanted.append(("vae_decoder", self._decoder_shapes(batch)))
+        for component, shapes in wanted:
+            engine = self._engines[component]
+            if isinstance(engine, Bounded) and not engine.holds(shapes):
+                count = len(batch.requests)
+                flags = [f"--height {batch.height} --width {batch.width}"]
+                flags += [f"--batch {count}"] if count > 1 else []
+                flags += [] if all(one.guided for one in batch.evaluations) else ["--unguided"]
+                raise EngineError(
+                    f"the engine of {component} was not built for {count} picture{'s' * (count > 1)} at once of "
+                    f"{batch.width}x{batch.height} px{'' if batch.guided else ' without guidance'}: "
+                    f"bksdm-build {self.bundle.root} {' '.join(flags)}"
+                )
+
+    def _unet_shapes(self, batch: Batch, *, guided: bool) -> dict[str, tuple[int, ...]]:
+        model = self.bundle.manifest.model
+        rows = 2 * len(batch.requests) if guided else len(batch.requests)
+        return {
+            "sample": (rows, *self._latents(batch)),
+            "timestep": (rows,),
+            "encoder_hidden_states": (rows, model.tokens, model.context_dim),
+        }
+
+    def _decoder_shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
+        return {"latent_sample": (1, *self._latents(batch))}
+
+    def _latents(self, batch: Batch) -> tuple[int, int, int]:
+        model = self.bundle.manifest.model
+        return model.latent_channels, batch.height // model.vae_scale_factor, batch.width // model.vae_scale_factor
 
     def _engine(self, component: str) -> Engine:
         """One that only some requests need, opened when the first of them comes."""
@@ -347,8 +381,6 @@ class Pipeline:
 
     def _start(self, batch: Batch, pictures: Mapping[Path, Image.Image]) -> tuple[Array | None, Array]:
         """Clean latents (None without init images) and noise, [B, C, h, w] each, every image from its own generator."""
-        model = self.bundle.manifest.model
-        h, w = batch.height // model.vae_scale_factor, batch.width // model.vae_scale_factor
         clean: list[Array] = []
         noise: list[Array] = []
         for request in batch.requests:
@@ -357,7 +389,7 @@ class Pipeline:
                 image = request.init_image
                 picture = pictures[image] if isinstance(image, Path) else image
                 clean.append(self.encode_image(picture, batch.height, batch.width, generator))
-            noise.append(generator.randn((model.latent_channels, h, w)))
+            noise.append(generator.randn(self._latents(batch)))
         return np.stack(clean) if clean else None, np.stack(noise)
 
 

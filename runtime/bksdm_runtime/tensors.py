@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 from bksdm_runtime.contract import Component, TensorSpec
 from bksdm_runtime.engine import EngineError
 
-_OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate", "out of memory", "allocation failed")
+_OUT_OF_MEMORY = (
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate",
+    "out of memory",
+    "out_of_memory",
+    "allocation failed",
+)
 
 
 def check_tensors(component: str, side: str, promised: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> None:

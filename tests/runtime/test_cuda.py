@@ -26,10 +26,10 @@ from PIL import Image
 from bksdm_export import step_graph
 from bksdm_export.step_graph import FOLDER, build
 from bksdm_runtime import bundle as bundles
-from bksdm_runtime import devices
+from bksdm_runtime import devices, step_table
 from bksdm_runtime import engine as engines
 from bksdm_runtime.backends import buffers as device_buffers
-from bksdm_runtime.backends import cuda, walk
+from bksdm_runtime.backends import cuda
 from bksdm_runtime.backends.buffers import Bound, Numbers, Place
 from bksdm_runtime.backends.ort import CPU
 from bksdm_runtime.engine import EngineError, EngineSettings, Sampler
@@ -65,7 +65,7 @@ def differ(one: Pipeline, other: Pipeline, *requests: Request) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_shipped_graphs_are_those_that_are_built(dtype: str) -> None:
     assert onnx.load(FOLDER / f"step_{dtype}.onnx") == build(dtype)
-    assert (walk.PAST, walk.COLUMNS) == (step_graph.PAST, step_graph.COLUMNS)
+    assert (step_table.PAST, step_table.COLUMNS) == (step_graph.PAST, step_graph.COLUMNS)
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -259,7 +259,7 @@ def test_a_failure_on_the_way_is_one_sentence(
 @pytest.mark.usefixtures("buffers")
 def test_what_the_loop_cannot_do_is_one_sentence(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device, host = Pipeline.open(toy_bundle, ON_BUFFERS), Pipeline.open(toy_bundle, ONE)
-    monkeypatch.setattr(walk, "_MOST_EVALUATIONS", 5)
+    monkeypatch.setattr(step_table, "MOST_EVALUATIONS", 5)
     with pytest.raises(EngineError, match=r"at most 5 U-Net evaluations a picture, found 7: use fewer steps"):
         device.draw([PLAIN])
     schedule = make_schedule(device.bundle.scheduler_config, steps=2)
@@ -345,7 +345,7 @@ def test_auto_takes_cuda_where_there_is_a_device(
     with caplog.at_level("INFO"):
         assert engines.resolve_backend("auto") == "cuda"
     assert "because onnxruntime-gpu is installed and there is a CUDA device" in caplog.text
-    assert engines.resolve_backend("auto", cuda=False) != "cuda"
+    assert engines.resolve_backend("auto", without=["cuda"]) != "cuda"
     monkeypatch.setattr(engines, "_is_installed", lambda _: True)  # the other one's files may lie on top
     assert engines.resolve_backend("auto") != "cuda"
     assert "share their files and both are installed" in caplog.text
@@ -361,7 +361,7 @@ def test_auto_takes_cuda_where_there_is_a_device(
 def test_auto_goes_on_without_a_gpu_that_does_not_start(toy_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipeline = Pipeline.open(toy_bundle, EngineSettings(threads=1))
     assert pipeline.backend in ("openvino", "onnxruntime")
-    assert f"a GPU is there, but {pipeline.backend} is used: backend 'cuda': this onnxruntime has no" in caplog.text
+    assert "a GPU is there, but backend cuda does not start: backend 'cuda': this onnxruntime has no" in caplog.text
     with pytest.raises(EngineError, match="has no CUDAExecutionProvider"):
         Pipeline.open(toy_bundle, EngineSettings(backend="cuda"))
 

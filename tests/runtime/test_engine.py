@@ -96,7 +96,7 @@ def test_auto_is_openvino_where_it_is_installed_and_says_so(
     with caplog.at_level("INFO", logger="bksdm_runtime"):
         assert resolve_backend("auto") == expected
     assert caplog.messages == [f"backend auto: {expected}, because openvino is {why}installed"]
-    assert set(BACKENDS) == {"openvino", "onnxruntime", "cuda"}
+    assert set(BACKENDS) == {"openvino", "onnxruntime", "cuda", "tensorrt", "tensorrt-rtx"}
 
 
 def test_auto_without_openvino_opens_onnxruntime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,9 @@ def test_onnxruntime_has_the_graphs_own_arithmetic_and_refuses_another(
 
 
 def test_an_unknown_backend_names_the_valid_ones(bundle: Bundle) -> None:
-    with pytest.raises(EngineError, match="backend 'tpu' is unknown: choose auto, openvino, onnxruntime, cuda"):
+    with pytest.raises(
+        EngineError, match="backend 'tpu' is unknown: choose auto, tensorrt, tensorrt-rtx, cuda, openvino"
+    ):
         open_engine(bundle, "unet", EngineSettings(backend="tpu"))
 
 

@@ -11,14 +11,10 @@ from numpy.typing import NDArray
 
 from bksdm_runtime.backends import ort
 from bksdm_runtime.backends.buffers import Bound, Numbers, Place, on_host
-from bksdm_runtime.engine import EngineError
 from bksdm_runtime.schedule import Schedule
+from bksdm_runtime.step_table import COLUMNS, MOST_EVALUATIONS, PAST, step_table
 
 Array = NDArray[np.float32]
-
-PAST = 5  # earlier outputs that step_*.onnx remembers
-COLUMNS = 5 + PAST
-_MOST_EVALUATIONS = 1024  # room in the table: 1,000 steps, and PNDM's one more
 
 
 class Walk:
@@ -36,7 +32,7 @@ class Walk:
             return place.buffer(np.zeros(shape, dtype))
 
         self._fixed = {
-            "table": zeros(_MOST_EVALUATIONS, self._batch, COLUMNS, 1, 1, 1),
+            "table": zeros(MOST_EVALUATIONS, self._batch, COLUMNS, 1, 1, 1),
             "guidance": zeros(self._batch, 1, 1, 1),
         }
         self._sets = [
@@ -53,11 +49,6 @@ class Walk:
 
     def start(self, schedule: Schedule, latents: Array, guidance: Array) -> None:
         """Begin a picture. Raises EngineError where the schedule has more rows than there is room for."""
-        if len(schedule.timesteps) > _MOST_EVALUATIONS:
-            raise EngineError(
-                f"backend cuda takes at most {_MOST_EVALUATIONS} U-Net evaluations a picture, found "
-                f"{len(schedule.timesteps)}: use fewer steps, or another backend"
-            )
         self._turn = 0
         self._fixed["table"].update_inplace(table(schedule, self._batch))
         self._fixed["guidance"].update_inplace(np.ascontiguousarray(guidance, np.float32)[:, None, None, None])
@@ -98,18 +89,6 @@ class Walk:
 
 
 def table(schedule: Schedule, batch: int) -> Array:
-    """The sampler's table as step_*.onnx reads it, [1024, B, 10, 1, 1, 1]: a row for each evaluation.
-
-    Columns: factors of latents and of output in what is remembered; of latents; of the next input; the next timestep;
-    of what is remembered, newest first. Rows past the schedule's are zero.
-    """
-    evaluations = len(schedule.timesteps)
-    rows = np.zeros((_MOST_EVALUATIONS, COLUMNS), np.float32)
-    rows[:evaluations, :2] = schedule.keep
-    rows[:evaluations, 2] = schedule.a
-    rows[: evaluations - 1, 3] = schedule.input_scale[1:]
-    rows[: evaluations - 1, 4] = schedule.timesteps[1:]
-    rows[:evaluations, COLUMNS - PAST : COLUMNS - PAST + schedule.b.shape[1]] = schedule.b
-    return np.ascontiguousarray(np.broadcast_to(rows[:, None], (_MOST_EVALUATIONS, batch, COLUMNS)))[
-        ..., None, None, None
-    ]
+    """The sampler's table as step_*.onnx reads it, [1024, B, 10, 1, 1, 1]. Raises EngineError, see step_table."""
+    rows = step_table(schedule, "cuda")
+    return np.ascontiguousarray(np.broadcast_to(rows[:, None], (len(rows), batch, COLUMNS)))[..., None, None, None]

@@ -1,0 +1,309 @@
+"""From a bundle's graphs to TensorRT engines: lint, key, build, and the plan laid beside its key."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bksdm.leftovers import scratch
+from bksdm_export import tensorrt_versions
+from bksdm_export.errors import ExportError
+from bksdm_export.graph_types import Types, check_types
+from bksdm_export.plan_builder import Job
+from bksdm_export.profiles import Sizes, Span, profiles, sizes
+from bksdm_export.tensorrt_versions import Installed, Options
+from bksdm_runtime import bundle as bundles
+from bksdm_runtime import plans
+from bksdm_runtime.bundle import Bundle, BundleError, file_sha256
+from bksdm_runtime.compiled_cache import user_folder
+from bksdm_runtime.plans import EngineKey, Machine, Plan
+
+log = logging.getLogger(__name__)
+
+_PARTIAL = "building-"  # begins the name of a folder that a build uses, and a killed one leaves
+_PRECISIONS = ("fp16", "fp32")
+_BUILDER = (sys.executable, "-m", "bksdm_export.plan_builder")  # takes the path of a job
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build of a bundle.
+
+    library: a key of plans.LIBRARIES, None for the one that is installed. sms: compute capabilities, none for that of
+    the GPU here. components: none for all. batches, heights, widths: see profiles.sizes. unguided: profiles for
+    evaluations without guidance too. force: build what fits already, again.
+    """
+
+    bundle: Path
+    library: str | None = None
+    sms: tuple[str, ...] = ()
+    components: tuple[str, ...] = ()
+    batches: tuple[Span, ...] = ()
+    heights: tuple[Span, ...] = ()
+    widths: tuple[Span, ...] = ()
+    unguided: bool = False
+    options: Options = field(default_factory=Options)
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a build is. component: of which graph; phase: as TensorRT names it; step of steps, where it says."""
+
+    component: str
+    phase: str
+    step: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Built:
+    """A plan that is there now. fresh: whether it was built just now. types: what the lint counted in its graph."""
+
+    plan: Plan
+    fresh: bool
+    types: Types
+
+
+def build_engines(request: BuildRequest, progress: Callable[[Progress], None] = lambda _: None) -> list[Built]:
+    """Build what is missing, and return all that was asked for, in order. Each is whole as soon as it is there.
+
+    What fails or is killed leaves every engine as it was. Raises ExportError, BundleError.
+    """
+    bundle = bundles.load(request.bundle)
+    if bundle.manifest.precision not in _PRECISIONS:
+        raise ExportError(
+            f"engines are built of bundles of precision {' or '.join(_PRECISIONS)}, and {request.bundle} is "
+            f"{bundle.manifest.precision}: export it with --precision fp16"
+        )
+    here = _installed(request.library)
+    tensorrt_versions.check(here, request.options)
+    names = _components(bundle, request.components)
+    wanted = sizes(request.batches, request.heights, request.widths, bundle.manifest.model)
+    machines = [Machine(here.name, here.version, tensorrt_versions.target(here, sm)) for sm in request.sms or (None,)]
+    types = {name: _lint(bundle, name) for name in names}
+    built: list[Built] = []
+    for machine in dict.fromkeys(machines):
+        for name in names:
+            key = _key(bundle, name, machine, wanted, request)
+            plan = None if request.force else _there(bundle, key)
+            if plan is None:
+                progress(Progress(name, "starting"))
+                built.append(Built(_build(bundle, here, key, request.options, progress), True, types[name]))
+            else:
+                built.append(Built(plan, False, types[name]))
+    return built
+
+
+def can_build() -> None:
+    """Whether engines for the GPU of this machine can be built here. Raises ExportError, MissingLibrary."""
+    here = _installed(None)
+    try:
+        tensorrt_versions.target(here, None)
+    except ExportError as error:
+        raise ExportError(f"{error}: export without --target tensorrt, and run bksdm-build where it is") from error
+
+
+def _installed(name: str | None) -> Installed:
+    if name is not None:
+        return tensorrt_versions.installed(name)
+    for one in plans.LIBRARIES:
+        with contextlib.suppress(tensorrt_versions.MissingLibrary):
+            return tensorrt_versions.installed(one)
+    raise tensorrt_versions.MissingLibrary(
+        "needs TensorRT with Polygraphy: pip install 'bksdm[tensorrt]', or, for a GeForce or RTX GPU, "
+        "'bksdm[tensorrt-rtx]'"
+    )
+
+
+def _components(bundle: Bundle, chosen: Sequence[str]) -> tuple[str, ...]:
+    has = tuple(bundle.manifest.components)
+    for name in chosen:
+        if name not in has:
+            raise ExportError(f"bundle {bundle.root} has no {name}: choose from {', '.join(has)}")
+    return tuple(name for name in has if not chosen or name in chosen)
+
+
+def _lint(bundle: Bundle, name: str) -> Types:
+    types = check_types(name, bundle.component_path(name), bundle.manifest.components[name])
+    log.info("%s: %d nodes in float16, %d in float32", name, types.float16, types.float32)
+    return types
+
+
+def _key(bundle: Bundle, name: str, machine: Machine, wanted: Sequence[Sizes], request: BuildRequest) -> EngineKey:
+    return EngineKey(
+        component=name,
+        onnx=plans.graph_sha256(bundle, name),
+        machine=machine,
+        profiles=profiles(
+            name,
+            bundle.manifest.components[name],
+            bundle.manifest.model,
+            wanted,
+            unguided=request.unguided,
+        ),
+        flags=request.options.flags(),
+    )
+
+
+def _there(bundle: Bundle, key: EngineKey) -> Plan | None:
+    """The plan of exactly this key, whole; None when it has to be built."""
+    path = plans.key_path(bundle, key.machine, key.component)
+    if not path.is_file():
+        return None
+    try:
+        plan = plans.read(path)
+        plans.verify(plan)
+    except BundleError as error:
+        log.warning("%s is built again: %s", key.component, error)
+        return None
+    if plan.key != key:
+        log.info("%s: the engine that is there has another key, it is built again", key.component)
+        return None
+    return plan
+
+
+def _build(
+    bundle: Bundle, here: Installed, key: EngineKey, options: Options, progress: Callable[[Progress], None]
+) -> Plan:
+    path = plans.key_path(bundle, key.machine, key.component)
+    engines = bundle.root / bundles.ENGINES_FOLDER
+    try:
+        with scratch(engines, _PARTIAL) as folder:
+            made = folder / "plan"
+            timing = _timing_cache(here, key.machine)
+            job = Job(
+                library=here.name,
+                graph=str(bundle.component_path(key.component)),
+                plan=str(made),
+                sm=key.machine.sm,
+                profiles=key.profiles,
+                options=options,
+                timing=None if timing is None else str(timing),
+            )
+            started = time.perf_counter()
+            peak = _run(job, key.component, folder, progress)
+            seconds = time.perf_counter() - started
+            sha256 = file_sha256(made)
+            # Under a name of its own content: an older key goes on meaning an older plan until the new key is there.
+            plan = path.with_name(f"{key.component}-{sha256[:12]}.plan")
+            path.parent.mkdir(exist_ok=True)
+            result = Plan(key, plan, made.stat().st_size, sha256, round(seconds, 1), peak)
+            (folder / "key").write_text(result.to_json(), encoding="utf-8")
+            made.replace(plan)
+            (folder / "key").replace(path)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise ExportError(f"{key.component} is not built: {error.strerror or error}{where}") from error
+    for older in path.parent.glob(f"{key.component}-*.plan"):
+        if older != plan and re.fullmatch(rf"{key.component}-[0-9a-f]{{12}}\.plan", older.name):
+            older.unlink(missing_ok=True)
+    return result
+
+
+def _timing_cache(here: Installed, machine: Machine) -> Path | None:
+    """A file in the user's cache, for all bundles: layers of one shape are timed once."""
+    if not tensorrt_versions.keeps_timings(here):
+        return None
+    folder = user_folder().parent / "timings"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("no timing cache is kept: %s cannot be written: %s", folder, error.strerror)
+        return None
+    return folder / f"{machine.folder}.cache"
+
+
+def _run(job: Job, name: str, folder: Path, progress: Callable[[Progress], None]) -> int:
+    """Build in a process of its own, and return its peak memory in bytes. Raises ExportError when it fails."""
+    (folder / "job.json").write_text(job.to_json(), encoding="utf-8")
+    sources = os.pathsep.join(dict.fromkeys(path for path in sys.path if path))
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
+        _Builder([*_BUILDER, str(folder / "job.json")], said, sources) as builder,
+    ):
+        phase = "starting"
+        for line in builder.lines():
+            told = json.loads(line)
+            phase = told["phase"]
+            progress(Progress(name, phase, told["step"], told["steps"]))
+        code, peak = builder.end()
+        said.seek(0)
+        words = said.read()
+    if words.strip():
+        log.info("%s: %s", name, words.strip())
+    if code:
+        raise ExportError(f"{name} is not built ({phase}): {_why(code, words)}")
+    if not Path(job.plan).is_file():
+        raise ExportError(f"{name} is not built ({phase}): the builder wrote no plan")
+    return peak
+
+
+class _Builder:
+    """The builder's process. It ends with this block, and with this process: it listens to a pipe that we hold."""
+
+    def __init__(self, command: list[str], said: object, sources: str) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,  # type: ignore[arg-type]
+            text=True,
+            env={**os.environ, "PYTHONPATH": sources},
+        )
+
+    def __enter__(self) -> _Builder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.wait()
+
+    def lines(self) -> Iterator[str]:
+        """What it says on stdout, until it ends; what is no line of ours (a library's own) goes to the log."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                yield line
+            elif line.strip():
+                log.debug("%s", line.rstrip())
+
+    def end(self) -> tuple[int, int]:
+        """Exit code (negative: of a signal) and peak memory in bytes."""
+        _, status, used = os.wait4(self._process.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        return self._process.returncode, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _why(code: int, words: str) -> str:
+    """One line about a builder that failed: its last error, or how it ended."""
+    if code == -signal.SIGKILL:
+        return "the builder was killed (out of memory?): close other programs, or build fewer shapes"
+    if code < 0:
+        return f"TensorRT crashed ({signal.Signals(-code).name}): {_last(words) or 'it said nothing'}"
+    return _last(words) or f"the builder ended with exit code {code}"
+
+
+def _last(words: str) -> str:
+    """The error that says most: TensorRT's own before Polygraphy's that an engine is invalid."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    errors = [line.removeprefix("[E]").strip() for line in lines if line.startswith("[E]")]
+    if errors:
+        return errors[0][:400]
+    return lines[-1].removeprefix("[!]").strip()[:400] if lines else ""
