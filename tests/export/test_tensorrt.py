@@ -624,6 +624,6 @@ def test_a_hundred_pictures_take_no_more_memory_and_graphs_change_nothing(
         pipeline.draw([replace(APPLE, seed=seed)])
     assert used() - before < 16
     assert (pipeline.draw([APPLE])[0] == first).all()
-    plan_engine = importlib.import_module("bksdm_runtime.backends.plan_engine")
-    monkeypatch.setattr(plan_engine.Bound, "can_be_captured", False)
+    loaded_plan = importlib.import_module("bksdm_runtime.backends.loaded_plan")
+    monkeypatch.setattr(loaded_plan.Bound, "can_be_captured", False)
     assert (Pipeline.open(folder, EngineSettings(backend=backend)).draw([APPLE])[0] == first).all()

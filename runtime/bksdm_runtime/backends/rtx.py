@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class RTXContexts:
-    """See `plan_engine.Contexts`. What is compiled for a shape is kept in the compiled cache, where one is wanted."""
+    """See `loaded_plan.Contexts`. What is compiled for a shape is kept in the compiled cache, where one is wanted."""
 
     def __init__(self, plan: Plan, settings: EngineSettings) -> None:
         folder = settings.compiled_cache

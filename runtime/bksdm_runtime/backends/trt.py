@@ -17,7 +17,7 @@ library = cast(Any, tensorrt)
 
 @dataclass(frozen=True)
 class TensorRTContexts:
-    """See `plan_engine.Contexts`. There is nothing to keep: such a plan is compiled to the end."""
+    """See `loaded_plan.Contexts`. There is nothing to keep: such a plan is compiled to the end."""
 
     plan: Plan
     settings: EngineSettings
