@@ -83,6 +83,7 @@ $(GPU)/.ready: pyproject.toml constraints.txt
 	$(GPU)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	$(GPU)/bin/python -m pip uninstall --quiet --yes onnxruntime
 	$(GPU)/bin/python -m pip install --quiet -c constraints.txt -e ".[cuda]"
+	-$(GPU)/bin/python -m pip install --quiet "tensorrt>=10"   # from NVIDIA's own index; its tests are left out without it
 	@touch $@
 
 demo: $(DEV)/.ready           # distil the demo, its teacher's small student, anew and put it in its two places

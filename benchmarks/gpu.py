@@ -9,8 +9,8 @@ Medians and 95th percentiles (the slowest, of 20 or fewer) are over all rounds, 
 U-Net count attention's products; its share is of the fastest fp16 matrix product of the same card in the same run.
 Larger batches are drawn by ours and eager diffusers, of the first variant, in the first round, three pictures each. A
 contender's picture is held against eager diffusers'. Exit 1 where one of ours failed or drew another picture, or an aim
-is missed. TensorRT and TensorRT-RTX take part where they are installed; their engines are built before, one profile for
-each batch.
+is missed. TensorRT and TensorRT-RTX take part in every variant where they are installed and build for this GPU; their
+engines are built before, of one fixed shape for each batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +30,10 @@ from typing import Any
 import numpy as np
 from cpu_figures import decibels
 from cpu_make import HERE, REPOSITORY, SOURCES, MakeError, run, source_digest
+
+from bksdm_export import tensorrt_versions
+from bksdm_export.errors import ExportError
+from bksdm_runtime.bundle import ENGINES_FOLDER
 
 PROMPT, SEED, GUIDANCE = "a red apple on a white table, studio photograph", 7, 7.5
 OURS, EAGER, COMPILED = "ours, CUDA provider", "diffusers, eager", "diffusers, compiled"
@@ -71,14 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     for number, variant in enumerate(chosen.variants):
-        names = list(chosen.contenders or (here() if number == 0 else ELSEWHERE))
+        everywhere = [*ELSEWHERE, *(name for name in here() if "backend" in CONTENDERS[name][1])]
+        names = list(chosen.contenders or (here() if number == 0 else everywhere))
         part: dict[str, Any] = {"work": _work(chosen, variant), "rounds": []}
         written["variants"][variant] = part
         for turn in range(chosen.rounds if number == 0 else 1):
             part["rounds"].append({})
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                larger = chosen.batches if number == turn == 0 and name in ELSEWHERE else []
+                batched = name in ELSEWHERE or "backend" in CONTENDERS[name][1]
+                larger = chosen.batches if number == turn == 0 and batched else []
                 batches = [1, *(batch for batch in larger if batch != 1)]
                 part["rounds"][-1][name] = _contend(chosen, variant, name, {**task, "batches": batches})
                 print(f"{variant:8} {name:34} {line(part['rounds'][-1][name])}", flush=True)
@@ -92,10 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def here() -> list[str]:
-    """Contenders whose library is installed."""
-    modules = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+    """Contenders whose library is installed and builds for this GPU."""
     backends = {name: options.get("backend") for name, (_, options) in CONTENDERS.items()}
-    return [name for name, backend in backends.items() if backend is None or find_spec(modules[backend]) is not None]
+    return [name for name, backend in backends.items() if backend is None or _builds(backend)]
+
+
+def _builds(library: str) -> bool:
+    try:
+        tensorrt_versions.target(tensorrt_versions.installed(library), None)
+    except ExportError:
+        return False
+    return True
 
 
 def faults(written: dict[str, Any]) -> list[str]:
@@ -185,22 +197,31 @@ def _make(chosen: argparse.Namespace) -> None:
         list(pool.map(make, chosen.variants))
     for name in chosen.contenders or here():
         library = CONTENDERS[name][1].get("backend")
-        if library is not None:
-            _build(chosen, library, chosen.variants[0])
+        for variant in chosen.variants if library is not None else []:
+            batches = {1, *chosen.batches} if variant == chosen.variants[0] else {1}
+            for batch in sorted(batches):
+                _build(chosen, str(library), chosen.cache / variant / "bundle", batch)
 
 
-def _build(chosen: argparse.Namespace, library: str, variant: str) -> None:
-    """Engines of a variant's bundle. What fails is said here, and again by the contender, which has none."""
+def _build(chosen: argparse.Namespace, library: str, bundle: Path, batch: int) -> None:
+    """Engines of a bundle for one batch; those of larger ones in a copy beside it, whose name ends in -batch4 or so.
+
+    What fails is said here, and again by the contender, which has none.
+    """
+    folder = bundle if batch == 1 else bundle.with_name(f"{bundle.name}-batch{batch}")
+    if not folder.exists():
+        leave_out = shutil.ignore_patterns(ENGINES_FOLDER)
+        shutil.copytree(bundle, folder, copy_function=os.link, ignore=leave_out)
     command = [
         sys.executable,
         "-c",
         "from bksdm_export.build_cli import main; main()",
-        str(chosen.cache / variant / "bundle"),
+        str(folder),
     ]
     sizes = ["--library", library, "--height", str(chosen.size), "--width", str(chosen.size)]
-    batches = [word for batch in sorted({1, *chosen.batches}) for word in ("--batch", str(batch))]
     try:
-        run([*command, *sizes, *batches], f"engines for {library}", chosen.cache / f"{library}.log", _environment())
+        what = f"engines of {folder} for {library}"
+        run([*command, *sizes, "--batch", str(batch)], what, chosen.cache / f"{library}.log", _environment())
     except MakeError as error:
         print(error, file=sys.stderr)
 

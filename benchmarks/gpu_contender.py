@@ -30,6 +30,7 @@ class Ours:
         from bksdm_runtime.pipeline import Pipeline
 
         self.task = task
+        self._larger: dict[int, Any] = {}
         bundle = bundles.load(task["model"])
         if not task["options"].get("fused", True):
             plain = {name: file for name, file in bundle.manifest.files.items() if not name.endswith(FUSED)}
@@ -50,10 +51,23 @@ class Ours:
             Request(task["prompt"], "", task["seed"] + i, task["steps"], task["guidance"], size, size)
             for i in range(batch)
         ]
-        return self.pipe.draw(requests, batch_size=batch)
+        return self._pipe(batch).draw(requests, batch_size=batch)
+
+    def _pipe(self, batch: int) -> Any:
+        """Engines of one fixed shape lie in a bundle of their own for every larger batch."""
+        from bksdm_runtime.engine import EngineSettings
+        from bksdm_runtime.pipeline import Pipeline
+
+        folder = Path(f"{self.task['model']}-batch{batch}")
+        if self.backend == "cuda" or not folder.is_dir():
+            return self.pipe
+        if batch not in self._larger:
+            self._larger[batch] = Pipeline.open(folder, EngineSettings(backend=self.backend))
+        return self._larger[batch]
 
     def stages(self, batch: int) -> dict[str, Callable[[], object]]:
-        unet: Any = self.pipe._engines["unet"]
+        pipe = self._pipe(batch)
+        unet: Any = pipe._engines["unet"]
         side = self.task["size"] // self.pipe.bundle.manifest.model.vae_scale_factor
         facts = self.pipe.bundle.manifest.model
         bound = unet.bind(
@@ -63,16 +77,16 @@ class Ours:
                 "encoder_hidden_states": (2 * batch, facts.tokens, facts.context_dim),
             }
         )
-        decoder: Any = self.pipe._engines["vae_decoder"]
+        decoder: Any = pipe._engines["vae_decoder"]
         decoding = decoder.bind({"latent_sample": (1, facts.latent_channels, side, side)})
         latents = np.random.default_rng(0).standard_normal((1, facts.latent_channels, side, side)).astype(np.float32)
         dtype = next(spec.dtype for spec in decoder.component.inputs if spec.name == "latent_sample")
         decoding.fill({"latent_sample": latents.astype(dtype)})
         return {
-            "text": lambda: [self.pipe.encode_text(text) for text in ("", self.task["prompt"])],
+            "text": lambda: [pipe.encode_text(text) for text in ("", self.task["prompt"])],
             "unet": self._to_its_end(unet, bound),
             "decode": self._to_its_end(decoder, decoding),
-            "decode to pixels": lambda: self.pipe.decode(latents * facts.scaling_factor),
+            "decode to pixels": lambda: pipe.decode(latents * facts.scaling_factor),
         }
 
     def _to_its_end(self, engine: Any, bound: Any) -> Callable[[], object]:

@@ -14,6 +14,7 @@ import click
 from tqdm import tqdm
 
 from bksdm_export.profiles import Span
+from bksdm_export.tensorrt_versions import HARDWARE_CHOICES
 from bksdm_runtime.plans import LIBRARIES
 from bksdm_runtime.version import version
 
@@ -67,14 +68,13 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     "--optimization-level", type=click.IntRange(0, 5), metavar="N", help="0 to 5: how long to look for faster kernels."
 )
 @click.option("--workspace", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="Scratch memory at most.")
-@click.option(
-    "--hardware", type=click.Choice(("ampere+", "same-sm")), help="Other GPUs that shall run it, too; slower."
-)
+@click.option("--hardware", type=click.Choice(HARDWARE_CHOICES), help="Other GPUs that shall run it, too; slower.")
 @click.option("--version-compatible", is_flag=True, help="Runs on later versions of TensorRT, too; slower.")
 @click.option("--weight-streaming", is_flag=True, help="Weights may stay on the host: for GPUs with little memory.")
 @click.option(
     "--strip", "stripped", is_flag=True, help="Leave the weights out; they are read from the graph when it is opened."
 )
+@click.option("--add", is_flag=True, help="Add the sizes to those of the engine that is there.")
 @click.option("--force", is_flag=True, help="Build again what is there and fits.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
@@ -93,6 +93,7 @@ def command(
     version_compatible: bool,
     weight_streaming: bool,
     stripped: bool,
+    add: bool,
     force: bool,
     verbose: bool,
 ) -> int:
@@ -114,7 +115,9 @@ def command(
     except ModuleNotFoundError as error:
         if error.name != "onnx":
             raise
-        click.echo(f"{_PROGRAM}: needs onnx: pip install 'bksdm[tensorrt]', or 'bksdm[tensorrt-rtx]'", err=True)
+        click.echo(
+            f"{_PROGRAM}: needs onnx: pip install 'bksdm[tensorrt,build]', or 'bksdm[tensorrt-rtx,build]'", err=True
+        )
         return 2
     request = BuildRequest(
         bundle=bundle,
@@ -125,6 +128,7 @@ def command(
         heights=heights,
         widths=widths,
         unguided=unguided,
+        add=add,
         options=Options(
             optimization_level=optimization_level,
             workspace=None if workspace is None else int(workspace * 2**30),
@@ -184,7 +188,7 @@ class shown(AbstractContextManager["Callable[[Progress], None]"]):  # noqa: N801
 
 def table(built: Sequence[Built]) -> str:
     """What is there now: for each engine its GPU, shapes, size, and what building it took."""
-    rows = [("engine", "for", "shapes", "MB", "seconds", "peak GB")]
+    rows = [("engine", "for", "shapes", "MB", "seconds", "peak GB, host")]
     for one in built:
         key = one.plan.key
         first = next(iter(key.profiles[0]))

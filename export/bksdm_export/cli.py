@@ -159,6 +159,7 @@ def command(
         from bksdm_export.report import table
         from bksdm_export.tensorrt_versions import MissingLibrary
         from bksdm_export.to_tensorrt import BuildRequest, build_engines, can_build
+        from bksdm_runtime.bundle import BundleError
 
         if precision == "int8":
             import nncf  # noqa: F401 - as above
@@ -218,7 +219,7 @@ def command(
         try:
             with shown() as built_so_far:
                 built = build_engines(BuildRequest(folder), built_so_far)
-        except ExportError as error:
+        except (ExportError, BundleError) as error:
             click.echo(f"{_PROGRAM}: {error} (the bundle is whole: go on with bksdm-build {folder})", err=True)
             return 1
         click.echo(engines_table(built), err=True)

@@ -2,8 +2,9 @@
 
     python -m bksdm_export.plan_builder JOB
 
-JOB is a `Job` in JSON. On stdout come lines of JSON: {"phase", "step", "steps"} as it goes on. It ends when its stdin
-does, so that no builder outlives whoever asked for it.
+JOB is a `Job` in JSON. On stdout come lines of JSON: {"phase", "step", "steps"} as it goes on, {"peak_bytes"} in the
+end; what libraries print there goes to stderr. It ends when its stdin does, so that no builder outlives whoever asked
+for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bksdm_export import tensorrt_versions
 from bksdm_export.tensorrt_versions import Options
@@ -114,8 +115,28 @@ def _monitor(library: Any) -> Any:
     return Monitor()
 
 
+_told: list[TextIO] = []  # where the process that asked listens
+_SAYING = threading.Lock()  # TensorRT reports from several threads
+
+
 def _say(what: Mapping[str, object]) -> None:
-    print(json.dumps(what), flush=True)  # noqa: T201 - to the process that asked
+    with _SAYING:
+        for listener in _told:
+            listener.write(json.dumps(what) + "\n")
+            listener.flush()
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process had. Not what the system says of a child, which counts what its parent had."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used * (1 if sys.platform == "darwin" else 1024)
+    [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
 
 
 def _end_with_stdin() -> None:
@@ -126,14 +147,19 @@ def _end_with_stdin() -> None:
 
 def main() -> int:
     threading.Thread(target=_end_with_stdin, daemon=True).start()
+    _told.append(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    os.dup2(2, 1)  # Polygraphy prints TensorRT's errors on stdout
     try:
         build(Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
     except Exception as error:  # Polygraphy's, the library's, and ours: whoever asked wants a sentence
         print(f"[!] {error or type(error).__name__}", file=sys.stderr, flush=True)  # noqa: T201
         return GAVE_UP
+    _say({"peak_bytes": _peak_bytes()})
     return 0
 
 
 if __name__ == "__main__":
+    code = main()
     sys.stdout.flush()
-    os._exit(main())  # TensorRT's own clean-up at exit has crashed before, with the plan already written
+    sys.stderr.flush()
+    os._exit(code)  # a library's clean-up must not crash a process whose plan is written

@@ -18,8 +18,7 @@ import bksdm_runtime
 FOLDER = Path(bksdm_runtime.__file__).parent / "backends"
 SOURCE, COMPILED = FOLDER / "step.cu", FOLDER / "step.ptx"
 NVRTC = "nvidia-cuda-nvrtc-cu12"
-# The oldest GPUs that TensorRT 10 and later run on: https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html
-OLDEST = "compute_75"
+OLDEST = "compute_60"  # of the GPUs that TensorRT 8.6 runs on; newer ones compile the same PTX
 
 
 def compile_source(architecture: str = OLDEST) -> bytes:

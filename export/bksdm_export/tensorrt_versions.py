@@ -16,13 +16,14 @@ https://docs.nvidia.com/deeplearning/tensorrt/latest/api/migration-guide.html
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bksdm_export.errors import ExportError
-from bksdm_runtime.devices import compute_capability
+from bksdm_runtime.devices import compute_capability, device_name
 from bksdm_runtime.plans import AMPERE_AND_LATER, HARDWARE, LIBRARIES, STRIPPED, VERSION_COMPATIBLE, WEIGHT_STREAMING
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -32,6 +33,15 @@ HARDWARE_CHOICES = (AMPERE_AND_LATER, SAME_SM)
 
 class MissingLibrary(ExportError):  # noqa: N818 - reads as what it says
     """A library is not installed; the message names the extra that brings it."""
+
+
+# Names of options that keys call otherwise: those that the runtime reads.
+_IN_KEYS = {
+    "hardware": HARDWARE,
+    "version_compatible": VERSION_COMPATIBLE,
+    "weight_streaming": WEIGHT_STREAMING,
+    "stripped": STRIPPED,
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,15 @@ class Options:
 
     def flags(self) -> dict[str, str | int | bool]:
         """As an engine's key has them: what is asked for, and nothing else."""
-        names = {"hardware": HARDWARE, "version_compatible": VERSION_COMPATIBLE}
-        names |= {"weight_streaming": WEIGHT_STREAMING, "stripped": STRIPPED}
-        return {names.get(name, name): value for name, value in asdict(self).items() if value not in (None, False)}
+        asked = {name: value for name, value in asdict(self).items() if value is not None and value is not False}
+        return {_IN_KEYS.get(name, name): value for name, value in asked.items()}
+
+    @classmethod
+    def of(cls, flags: Mapping[str, str | int | bool]) -> Options:
+        """What a key's flags ask for."""
+        names = {in_keys: name for name, in_keys in _IN_KEYS.items()}
+        asked: dict[str, Any] = {names.get(name, name): value for name, value in flags.items()}
+        return cls(**asked)
 
 
 @dataclass(frozen=True)
@@ -86,7 +102,7 @@ def installed(name: str) -> Installed:
         library = __import__(MODULES[name])
         __import__("polygraphy")
     except ModuleNotFoundError as error:
-        raise MissingLibrary(f"needs {error.name}: pip install 'bksdm[{name}]'") from None
+        raise MissingLibrary(f"needs {error.name}: pip install 'bksdm[{name},build]'") from None
     except (ImportError, OSError) as error:  # its own libraries do not load
         raise ExportError(f"{LIBRARIES[name][0]} is installed but does not load: {error}") from error
     return Installed(name, library)
@@ -97,10 +113,10 @@ def target(here: Installed, sm: str | None) -> str:
     own = compute_capability()
     if here.is_rtx:
         known = [name for name in here.library.ComputeCapability.__members__ if name.startswith("SM")]
-        wanted = sm or own
+        wanted = own if sm is None else sm
         if wanted is None:
             raise ExportError(f"there is no GPU here to build for, and no --sm names one ({here} knows {_sms(known)})")
-        if f"SM{wanted.replace('.', '')}" not in known:
+        if not re.fullmatch(r"\d{1,2}\.\d", wanted) or f"SM{wanted.replace('.', '')}" not in known:
             raise ExportError(f"{here} does not build for SM {wanted}: choose from {_sms(known)}")
         return wanted
     if own is None:
@@ -108,6 +124,11 @@ def target(here: Installed, sm: str | None) -> str:
     if sm not in (None, own):
         raise ExportError(f"{here} builds for the GPU here, which is SM {own}, not for SM {sm}: leave out --sm")
     return own
+
+
+def model(here: Installed, options: Options) -> str:
+    """Name of the GPU that an engine is tied to; "" where it runs on all of its compute capability."""
+    return "" if here.is_rtx or options.hardware is not None else device_name()
 
 
 def check(here: Installed, options: Options) -> None:
@@ -184,14 +205,20 @@ def config(here: Installed, options: Options, sm: str, timing: Path | None, prog
             settings["load_timing_cache"] = str(timing)
         if not here.strongly_typed:  # 8.6
             settings |= {"fp16": True, "precision_constraints": "obey"}
-            # Two contexts of one profile: guided and unguided evaluations, or two pictures at once. Later it is so.
-            settings["preview_features"] = [library.PreviewFeature.PROFILE_SHARING_0806]
         made = CreateConfig(**settings)
 
-    def no_tf32(_builder: Any, _network: Any, made: Any) -> None:
+    def finish(_builder: Any, _network: Any, made: Any) -> None:
         made.clear_flag(library.BuilderFlag.TF32)  # on by default, and 10 bits of mantissa: islands are fp32 for more
+        if not here.strongly_typed:  # 8.6
+            # Two contexts of one profile: whole and shallow evaluations, or two pictures at once. Later it is so. Not
+            # through Polygraphy's preview_features, which turns off all that it is not told, and some are on.
+            made.set_preview_feature(library.PreviewFeature.PROFILE_SHARING_0806, True)
+        settled = hasattr(library.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not options.weight_streaming
+        if here.is_rtx and settled:
+            # Without it a context may allocate as it runs, which no CUDA graph can hold. Streaming weights needs that.
+            made.set_flag(library.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
-    return PostprocessConfig(made, no_tf32)
+    return PostprocessConfig(made, finish)
 
 
 def keeps_timings(here: Installed) -> bool:

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bksdm.leftovers import scratch
 from bksdm_export import tensorrt_versions
@@ -42,7 +43,8 @@ class BuildRequest:
 
     library: a key of plans.LIBRARIES, None for the one that is installed. sms: compute capabilities, none for that of
     the GPU here. components: none for all. batches, heights, widths: see profiles.sizes. unguided: profiles for
-    evaluations without guidance too. force: build what fits already, again.
+    evaluations without guidance too. add: to the profiles of the engine that is there, whose flags stay. force: build
+    what fits already, again.
     """
 
     bundle: Path
@@ -53,6 +55,7 @@ class BuildRequest:
     heights: tuple[Span, ...] = ()
     widths: tuple[Span, ...] = ()
     unguided: bool = False
+    add: bool = False
     options: Options = field(default_factory=Options)
     force: bool = False
 
@@ -91,7 +94,10 @@ def build_engines(request: BuildRequest, progress: Callable[[Progress], None] = 
     tensorrt_versions.check(here, request.options)
     names = _components(bundle, request.components)
     wanted = sizes(request.batches, request.heights, request.widths, bundle.manifest.model)
-    machines = [Machine(here.name, here.version, tensorrt_versions.target(here, sm)) for sm in request.sms or (None,)]
+    model = tensorrt_versions.model(here, request.options)
+    machines = [
+        Machine(here.name, here.version, tensorrt_versions.target(here, sm), model) for sm in request.sms or (None,)
+    ]
     types = {name: _lint(bundle, name) for name in names}
     built: list[Built] = []
     for machine in dict.fromkeys(machines):
@@ -100,7 +106,7 @@ def build_engines(request: BuildRequest, progress: Callable[[Progress], None] = 
             plan = None if request.force else _there(bundle, key)
             if plan is None:
                 progress(Progress(name, "starting"))
-                built.append(Built(_build(bundle, here, key, request.options, progress), True, types[name]))
+                built.append(Built(_build(bundle, here, key, progress), True, types[name]))
             else:
                 built.append(Built(plan, False, types[name]))
     return built
@@ -122,8 +128,8 @@ def _installed(name: str | None) -> Installed:
         with contextlib.suppress(tensorrt_versions.MissingLibrary):
             return tensorrt_versions.installed(one)
     raise tensorrt_versions.MissingLibrary(
-        "needs TensorRT with Polygraphy: pip install 'bksdm[tensorrt]', or, for a GeForce or RTX GPU, "
-        "'bksdm[tensorrt-rtx]'"
+        "needs TensorRT and Polygraphy: pip install 'bksdm[tensorrt,build]', or, for a GeForce or RTX GPU, "
+        "'bksdm[tensorrt-rtx,build]'"
     )
 
 
@@ -142,19 +148,16 @@ def _lint(bundle: Bundle, name: str) -> Types:
 
 
 def _key(bundle: Bundle, name: str, machine: Machine, wanted: Sequence[Sizes], request: BuildRequest) -> EngineKey:
-    return EngineKey(
-        component=name,
-        onnx=plans.graph_sha256(bundle, name),
-        machine=machine,
-        profiles=profiles(
-            name,
-            bundle.manifest.components[name],
-            bundle.manifest.model,
-            wanted,
-            unguided=request.unguided,
-        ),
-        flags=request.options.flags(),
-    )
+    component, facts = bundle.manifest.components[name], bundle.manifest.model
+    found = profiles(name, component, facts, wanted, unguided=request.unguided)
+    key = EngineKey(name, plans.graph_sha256(bundle, name), machine, found, request.options.flags())
+    path = plans.key_path(bundle, machine, name)
+    if request.add and path.is_file():
+        older = plans.read(path).key
+        if older.misfit(key.onnx, machine) is None:
+            both = (*older.profiles, *(profile for profile in found if profile not in older.profiles))
+            return replace(key, profiles=both, flags={**older.flags, **key.flags})
+    return key
 
 
 def _there(bundle: Bundle, key: EngineKey) -> Plan | None:
@@ -174,9 +177,7 @@ def _there(bundle: Bundle, key: EngineKey) -> Plan | None:
     return plan
 
 
-def _build(
-    bundle: Bundle, here: Installed, key: EngineKey, options: Options, progress: Callable[[Progress], None]
-) -> Plan:
+def _build(bundle: Bundle, here: Installed, key: EngineKey, progress: Callable[[Progress], None]) -> Plan:
     path = plans.key_path(bundle, key.machine, key.component)
     engines = bundle.root / bundles.ENGINES_FOLDER
     try:
@@ -189,7 +190,7 @@ def _build(
                 plan=str(made),
                 sm=key.machine.sm,
                 profiles=key.profiles,
-                options=options,
+                options=Options.of(key.flags),
                 timing=None if timing is None else str(timing),
             )
             started = time.perf_counter()
@@ -233,12 +234,13 @@ def _run(job: Job, name: str, folder: Path, progress: Callable[[Progress], None]
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
         _Builder([*_BUILDER, str(folder / "job.json")], said, sources) as builder,
     ):
-        phase = "starting"
-        for line in builder.lines():
-            told = json.loads(line)
-            phase = told["phase"]
-            progress(Progress(name, phase, told["step"], told["steps"]))
-        code, peak = builder.end()
+        phase, peak = "starting", 0
+        for told in builder.told():
+            if "phase" in told:
+                phase = str(told["phase"])
+                progress(Progress(name, phase, int(told["step"]), int(told["steps"])))
+            peak = int(told.get("peak_bytes", peak))
+        code = builder.end()
         said.seek(0)
         words = said.read()
     if words.strip():
@@ -259,7 +261,8 @@ class _Builder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,  # type: ignore[arg-type]
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env={**os.environ, "PYTHONPATH": sources},
         )
 
@@ -275,20 +278,21 @@ class _Builder:
             self._process.kill()
             self._process.wait()
 
-    def lines(self) -> Iterator[str]:
-        """What it says on stdout, until it ends; what is no line of ours (a library's own) goes to the log."""
+    def told(self) -> Iterator[Mapping[str, Any]]:
+        """What it says on stdout, until it ends; what is no line of ours goes to the log."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith("{"):
-                yield line
-            elif line.strip():
+            try:
+                told = json.loads(line)
+            except ValueError:
                 log.debug("%s", line.rstrip())
+                continue
+            if isinstance(told, dict):
+                yield told
 
-    def end(self) -> tuple[int, int]:
-        """Exit code (negative: of a signal) and peak memory in bytes."""
-        _, status, used = os.wait4(self._process.pid, 0)
-        self._process.returncode = os.waitstatus_to_exitcode(status)
-        return self._process.returncode, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    def end(self) -> int:
+        """Wait for its exit code; negative: of a signal."""
+        return self._process.wait()
 
 
 def _why(code: int, words: str) -> str:

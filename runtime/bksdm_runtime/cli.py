@@ -133,7 +133,9 @@ def _print_help(context: click.Context, _parameter: click.Parameter, wanted: boo
 )
 @click.option("--pinning", is_flag=True, help="Tie OpenVINO's threads to cores.")
 @click.option(
-    "--compiled-cache", is_flag=True, help="Keep what OpenVINO compiles for the next run, in the user's cache."
+    "--compiled-cache",
+    is_flag=True,
+    help="Keep what OpenVINO or TensorRT-RTX compiles for the next run, in the user's cache.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)

@@ -33,6 +33,15 @@ def compute_capability() -> str | None:
     return ".".join(str(number) for number in numbers)
 
 
+def device_name() -> str:
+    """Model of the first CUDA device, as "NVIDIA L4"; "" without one."""
+    driver = _driver()
+    name, device = ctypes.create_string_buffer(256), ctypes.c_int(0)
+    if driver is None or not cuda_devices() or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return ""
+    return "" if driver.cuDeviceGetName(name, len(name), device) else name.value.decode(errors="replace").strip()
+
+
 def _driver() -> ctypes.CDLL | None:
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

@@ -121,11 +121,6 @@ class Bounded(Protocol):
         """Whether it takes inputs of these shapes, by name."""
         ...
 
-    @property
-    def most_rows(self) -> int:
-        """The most rows that it takes in one call, at some size."""
-        ...
-
 
 @dataclass(frozen=True)
 class _Backend:

@@ -231,12 +231,15 @@ class Pipeline:
         Everything is checked before this returns, nothing is computed until the first item is asked for.
         Raises RequestError, ScheduleError, ImageError; while running EngineError.
         """
-        unet = self._engines["unet"]
-        if batch_size is None and isinstance(unet, Bounded):  # what it takes at once was decided when it was built
-            batch_size = max(1, min(unet.most_rows // 2, LARGEST_AUTOMATIC_BATCH))
-        batches, pictures = check(self.bundle, requests, batch_size=batch_size, memory_budget=memory_budget)
-        for batch in batches:
-            self._refuse(batch)
+        if isinstance(self._engines["unet"], Bounded):
+            largest = LARGEST_AUTOMATIC_BATCH if batch_size is None else batch_size
+            batches, pictures = check(self.bundle, requests, batch_size=largest)
+            if batch_size is None:  # what it takes at once was decided when it was built
+                batches = [part for batch in batches for part in self._held(batch)]
+            for batch in batches:
+                self._refuse(batch)
+        else:
+            batches, pictures = check(self.bundle, requests, batch_size=batch_size, memory_budget=memory_budget)
         return self._generate(batches, pictures)
 
     def draw(self, requests: Sequence[Request], *, batch_size: int | None = None) -> list[NDArray[np.uint8]]:
@@ -337,16 +340,23 @@ class Pipeline:
             if isinstance(engine, Preparing):
                 Thread(target=engine.prepare, args=(shapes,)).start()  # no daemon: the library must end before us
 
+    def _held(self, batch: Batch) -> list[Batch]:
+        """The batch in parts that the U-Net was built for, as large as they can be; whole where there are none."""
+        parts: list[Batch] = []
+        rest = batch
+        while rest.requests:
+            sizes = range(len(rest.requests), 0, -1)
+            size = next((size for size in sizes if self._lacking(_part(rest, 0, size), "unet") is None), None)
+            if size is None:
+                return [*parts, rest]
+            parts.append(_part(rest, 0, size))
+            rest = _part(rest, size)
+        return parts
+
     def _refuse(self, batch: Batch) -> None:
         """Refuse what an engine was not built for before anything is computed. Raises EngineError."""
-        wanted = [
-            ("unet", self._unet_shapes(batch, guided=guided)) for guided in {one.guided for one in batch.evaluations}
-        ]
-        if batch.requests[0].vae_tile is None:
-            wanted.append(("vae_decoder", self._decoder_shapes(batch)))
-        for component, shapes in wanted:
-            engine = self._engines[component]
-            if isinstance(engine, Bounded) and not engine.holds(shapes):
+        for component in self._shapes(batch):
+            if self._lacking(batch, component) is not None:
                 count = len(batch.requests)
                 flags = [f"--height {batch.height} --width {batch.width}"]
                 flags += [f"--batch {count}"] if count > 1 else []
@@ -354,8 +364,34 @@ class Pipeline:
                 raise EngineError(
                     f"the engine of {component} was not built for {count} picture{'s' * (count > 1)} at once of "
                     f"{batch.width}x{batch.height} px{'' if batch.guided else ' without guidance'}: "
-                    f"bksdm-build {self.bundle.root} {' '.join(flags)}"
+                    f"bksdm-build {self.bundle.root} --add {' '.join(flags)}, or take another --backend"
                 )
+
+    def _lacking(self, batch: Batch, component: str) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of the batch that a component's engine was not built for; None where it takes all of them."""
+        engine = self._engine(component)
+        if not isinstance(engine, Bounded):
+            return None
+        return next((shapes for shapes in self._shapes(batch)[component] if not engine.holds(shapes)), None)
+
+    def _shapes(self, batch: Batch) -> dict[str, list[dict[str, tuple[int, ...]]]]:
+        """What a batch will ask of which components."""
+        channels, h, w = self._latents(batch)
+        found: dict[str, list[dict[str, tuple[int, ...]]]] = {"unet": [], "vae_decoder": []}
+        for now in dict.fromkeys(batch.evaluations):
+            shapes = self._unet_shapes(batch, guided=now.guided)
+            if now.full:
+                found["unet"].append(shapes)
+            else:
+                [deep] = [spec for spec in self.bundle.manifest.components["unet"].outputs if spec.name == DEEP]
+                width = cast(int, deep.axes[1])
+                found.setdefault("unet_shallow", []).append({**shapes, DEEP: (shapes["timestep"][0], width, h, w)})
+        tile = batch.requests[0].vae_tile
+        side = max(h, w) if tile is None else tile // self.bundle.manifest.model.vae_scale_factor
+        found["vae_decoder"].append({"latent_sample": (1, channels, min(side, h), min(side, w))})
+        if any(request.init_image is not None for request in batch.requests):
+            found["vae_encoder"] = [{"sample": (1, 3, batch.height, batch.width)}]
+        return found
 
     def _unet_shapes(self, batch: Batch, *, guided: bool) -> dict[str, tuple[int, ...]]:
         model = self.bundle.manifest.model
@@ -391,6 +427,11 @@ class Pipeline:
                 clean.append(self.encode_image(picture, batch.height, batch.width, generator))
             noise.append(generator.randn(self._latents(batch)))
         return np.stack(clean) if clean else None, np.stack(noise)
+
+
+def _part(batch: Batch, start: int, end: int | None = None) -> Batch:
+    """Some of a batch's requests."""
+    return replace(batch, positions=batch.positions[start:end], requests=batch.requests[start:end])
 
 
 def _run(engine: Engine, output: str, **inputs: NDArray[np.generic]) -> Array:

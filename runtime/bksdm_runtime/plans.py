@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bksdm_runtime.bundle import ENGINES_FOLDER, Bundle, BundleError, file_sha256
@@ -24,10 +26,17 @@ LIBRARIES: Mapping[str, tuple[str, str]] = {"tensorrt": ("TensorRT", "trt"), "te
 VERSION_COMPATIBLE, HARDWARE = "version_compatible", "hardware_compatibility"  # flags that widen what a plan fits
 AMPERE_AND_LATER = "ampere+"
 STRIPPED, WEIGHT_STREAMING = "stripped", "weight_streaming"  # flags that say what a plan needs before it runs
+RECIPE = 1  # of how bksdm-build builds; another number and what is there is built again
+_COMMON_PLATFORM = "linux-x86_64"  # which names of folders leave out
 _MOST_PROFILES = 64
 _LARGEST_KEY = 1 << 20
 
 Shape = tuple[int, ...]
+
+
+def platform_here() -> str:
+    """Operating system and processor: what a plan's host code is for."""
+    return f"{sys.platform}-{platform.machine().lower()}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,11 @@ class Range:
             low <= size <= high for low, size, high in zip(self.smallest, shape, self.largest, strict=True)
         )
 
+    @property
+    def others(self) -> int:
+        """How many sizes it takes besides one of each axis."""
+        return sum(high - low for low, high in zip(self.smallest, self.largest, strict=True))
+
     def __str__(self) -> str:
         def written(shape: Shape) -> str:
             return "x".join(str(size) for size in shape)
@@ -57,26 +71,34 @@ Profile = Mapping[str, Range]
 
 @dataclass(frozen=True)
 class Machine:
-    """What runs a plan. library: a key of LIBRARIES; version: its own, in full; sm: compute capability, as 8.9."""
+    """What runs a plan.
+
+    library: a key of LIBRARIES; version: its own, in full; sm: compute capability, as 8.9. gpu: the model's name, ""
+    for all of that compute capability. platform: operating system and processor, as linux-x86_64.
+    """
 
     library: str
     version: str
     sm: str
+    gpu: str = ""
+    platform: str = field(default_factory=platform_here)
 
     @property
     def folder(self) -> str:
-        return f"sm{self.sm.replace('.', '')}-{LIBRARIES[self.library][1]}{self.version}"
+        gpu = "".join(f"-{word}" for word in re.findall(r"[a-z0-9]+", self.gpu.lower()))
+        other = "" if self.platform == _COMMON_PLATFORM else f"-{self.platform}"
+        return f"sm{self.sm.replace('.', '')}-{LIBRARIES[self.library][1]}{self.version}{gpu}{other}"
 
     def __str__(self) -> str:
-        return f"{LIBRARIES[self.library][0]} {self.version} on SM {self.sm}"
+        return f"{LIBRARIES[self.library][0]} {self.version} on SM {self.sm}{f' ({self.gpu})' * bool(self.gpu)}"
 
 
 @dataclass(frozen=True)
 class EngineKey:
     """What a plan was built for, and from what.
 
-    onnx: of the graph and its weights, see graph_sha256. profiles: the shapes of every input that has no fixed one, by
-    name. flags: what else was asked of the builder, by name.
+    onnx: of the graph and its weights, see graph_sha256. profiles: the shapes of every input, by name. flags: what else
+    was asked of the builder, by name. recipe: of bksdm-build, see RECIPE.
     """
 
     component: str
@@ -84,6 +106,7 @@ class EngineKey:
     machine: Machine
     profiles: tuple[Profile, ...]
     flags: Mapping[str, str | int | bool]
+    recipe: int = RECIPE
 
     def misfit(self, onnx: str, here: Machine) -> str | None:
         """Why a plan of this key cannot run here, as a part of a sentence; None when it can."""
@@ -96,16 +119,23 @@ class EngineKey:
         if built.version != here.version and not newer:
             return f"was built with {LIBRARIES[built.library][0]} {built.version}"
         portable = self.flags.get(HARDWARE) == AMPERE_AND_LATER and _numbers(here.sm) >= (8, 0)
+        if built.platform != here.platform:
+            return f"was built on {built.platform}"
         if built.sm != here.sm and not portable:
             return f"was built for SM {built.sm}"
+        # NVIDIA warns of errors where a plan runs on another model of the same compute capability.
+        if built.gpu not in ("", here.gpu):
+            return f"was built for an {built.gpu}"
         return None
 
     def profile_for(self, shapes: Mapping[str, Sequence[int]]) -> int | None:
-        """Which profile holds these shapes, the first; None when none does."""
-        for number, profile in enumerate(self.profiles):
-            if all(span.holds(shapes[name]) for name, span in profile.items()):
-                return number
-        return None
+        """Which profile holds these shapes, and as few others as possible; None when none does."""
+        holding = [
+            (sum(span.others for span in profile.values()), number)
+            for number, profile in enumerate(self.profiles)
+            if all(span.holds(shapes[name]) for name, span in profile.items())
+        ]
+        return min(holding)[1] if holding else None
 
 
 @dataclass(frozen=True)
@@ -172,17 +202,24 @@ def built(bundle: Bundle, library: str | None = None) -> list[Path]:
 def find(bundle: Bundle, component: str, here: Machine) -> Plan:
     """The plan of a component that fits this machine. Raises BundleError, which says what differs and what to do."""
     onnx = graph_sha256(bundle, component)
-    exact = key_path(bundle, here, component)
+    exact = key_path(bundle, here, component)  # or, of all models of this compute capability, among the others
     others = [path for path in built(bundle) if path.name == exact.name and path != exact]
     refused: list[str] = []
     for path in (exact, *others):
         if not path.is_file():
             continue
-        plan = read(path)
+        folder = path.parent.relative_to(bundle.root).as_posix()
+        try:
+            plan = read(path)
+        except BundleError as error:
+            if path == exact:
+                raise
+            refused.append(f"{folder} is damaged ({error})")
+            continue
         why = plan.key.misfit(onnx, here)
         if why is None:
             return plan
-        refused.append(f"{path.parent.relative_to(bundle.root).as_posix()} {why}")
+        refused.append(f"{folder} {why}")
     found = f"; {', '.join(refused)}" if refused else ""
     raise BundleError(
         f"bundle {bundle.root} has no engine of {component} for {here}{found}: run bksdm-build {bundle.root}"
@@ -244,9 +281,16 @@ def _plan(fields: Fields, path: Path) -> Plan:
         key=EngineKey(
             component=key.text("component"),
             onnx=key.text("onnx"),
-            machine=Machine(machine.choice("library", tuple(LIBRARIES)), machine.text("version"), sm),
+            machine=Machine(
+                machine.choice("library", tuple(LIBRARIES)),
+                machine.text("version"),
+                sm,
+                machine.text("gpu"),
+                machine.text("platform"),
+            ),
             profiles=tuple(profiles),
             flags=flags,
+            recipe=key.integer("recipe", 0, 1 << 31),
         ),
         path=path.with_name(name),
         bytes=fields.integer("bytes", 1, 1 << 50),

@@ -20,10 +20,13 @@ _OUT_OF_MEMORY = (
 )
 
 
-def check_tensors(component: str, side: str, promised: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> None:
+def check_tensors(
+    component: str, side: str, promised: Sequence[TensorSpec], found: Sequence[TensorSpec], *, narrowed: bool = False
+) -> None:
     """A graph's own inputs or outputs (`side`) must be those that bundle.json promises. Raises EngineError.
 
-    An axis without a fixed size is text in `found`: it disproves nothing.
+    An axis without a fixed size is text in `found`: it disproves nothing. narrowed: nor does a size that bundle.json
+    leaves open, as a plan built for one shape has.
     """
     tensors = {spec.name: spec for spec in found}
     if tensors.keys() != {spec.name for spec in promised}:
@@ -36,7 +39,8 @@ def check_tensors(component: str, side: str, promised: Sequence[TensorSpec], fou
         if has.dtype != spec.dtype:
             raise EngineError(f"{component}: {side} {spec.name} is {has.dtype}, bundle.json says {spec.dtype}")
         fits = len(has.axes) == len(spec.axes) and all(
-            not isinstance(size, int) or wanted == size for wanted, size in zip(spec.axes, has.axes, strict=True)
+            not isinstance(size, int) or wanted == size or (narrowed and not isinstance(wanted, int))
+            for wanted, size in zip(spec.axes, has.axes, strict=True)
         )
         if not fits:
             raise EngineError(

@@ -288,7 +288,7 @@ def test_from_png_takes_its_settings_from_the_picture_alone(bksdm_run: Run, flag
         (("--prompts-file", "empty.txt"), 2, "--prompts-file empty.txt holds no prompt"),
         (("--prompts-file", "latin.txt"), 2, "--prompts-file latin.txt is not UTF-8 text"),
         (("a", "--scheduler", "magic"), 2, "'magic' is not one of 'pndm', 'ddim', 'euler', 'dpmsolver++'"),
-        (("a", "--backend", "tpu"), 2, "'tpu' is not one of 'auto', 'openvino', 'onnxruntime', 'cuda'"),
+        (("a", "--backend", "tpu"), 2, "'tpu' is not one of 'auto', 'tensorrt', 'tensorrt-rtx', 'cuda', 'openvino'"),
         (("a", "--seed", "x"), 2, "'x' is not a valid integer"),
         (("a", "--seed", 2**64), 2, "seeds go from -9223372036854775808 to 18446744073709551615"),
         (("a", "--seed", 2**64 - 1, "--count", 2), 2, "seeds go from"),

@@ -21,7 +21,7 @@ from bksdm_runtime.engine import EngineError
 driver = cast(Any, cuda.bindings.driver)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType] - Cython
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: such a stream waits for no other
-_THREADS = 256  # of a kernel's block
+THREADS = 256  # of a kernel's block
 
 
 class DeviceError(Exception):
@@ -29,12 +29,13 @@ class DeviceError(Exception):
 
 
 class Device:
-    """The first CUDA device that this process may use. sm: its compute capability, as 8.9."""
+    """The first CUDA device that this process may use. sm: its compute capability, as 8.9; name: its model's."""
 
     def __init__(self) -> None:
         if not cuda_devices():
             raise EngineError("this backend needs a CUDA device and NVIDIA's driver, and found none here")
         self._driver = driver
+        self._modules: dict[bytes, Any] = {}
         _call("cuInit", 0)
         self._device = _call("cuDeviceGet", 0)
         self._context = _call("cuDevicePrimaryCtxRetain", self._device)
@@ -47,6 +48,8 @@ class Device:
             )
         )
         self.sm = f"{major}.{minor}"
+        name: bytes = _call("cuDeviceGetName", 256, self._device)
+        self.name = name.split(b"\0")[0].decode(errors="replace").strip()
 
     def use(self) -> None:
         """Have this thread's calls mean this device: a thread begins without one."""
@@ -62,10 +65,11 @@ class Device:
         return Memory(self, size)
 
     def kernels(self, ptx: bytes, *names: str) -> list[Any]:
-        """Functions of a module in PTX, compiled by the driver for this GPU."""
+        """Functions of a module in PTX, compiled by the driver for this GPU, once."""
         self.use()
-        module = _call("cuModuleLoadData", ptx + b"\0")
-        return [_call("cuModuleGetFunction", module, name.encode()) for name in names]
+        if ptx not in self._modules:
+            self._modules[ptx] = _call("cuModuleLoadData", ptx + b"\0")
+        return [_call("cuModuleGetFunction", self._modules[ptx], name.encode()) for name in names]
 
 
 @cache
@@ -83,6 +87,7 @@ class Memory:
         self.address = int(_call("cuMemAlloc", self.size))
         self._given_back = weakref.finalize(self, owner.give_back, "cuMemFree", self.address)
         _call("cuMemsetD8", self.address, 0, self.size)
+        _call("cuStreamSynchronize", 0)  # it goes by the default stream, for which ours do not wait
 
 
 class HostMemory:
@@ -136,7 +141,7 @@ class Stream:
         """Run a kernel with at least so many threads; memories are given as their addresses, whole numbers as int."""
         values = tuple(one.address if isinstance(one, Memory) else one for one in arguments)
         types = tuple(ctypes.c_void_p if isinstance(one, Memory) else ctypes.c_int for one in arguments)
-        block = min(threads, _THREADS)
+        block = min(threads, THREADS)
         blocks = -(-threads // block)
         _call("cuLaunchKernel", kernel, blocks, 1, 1, block, 1, 1, 0, self._stream, (values, types), 0)
 
@@ -152,7 +157,8 @@ class Stream:
 
         Raises DeviceError, and what `work` raises.
         """
-        _call("cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        # Relaxed: the collector of garbage may give memory back meanwhile, which the other modes forbid.
+        _call("cuStreamBeginCapture", self._stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         try:
             work()
         except BaseException:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bksdm_runtime import plans
 from bksdm_runtime.backends.device import Device, Memory, Stream
-from bksdm_runtime.contract import TensorSpec
+from bksdm_runtime.contract import Component, TensorSpec
 from bksdm_runtime.engine import EngineError
 from bksdm_runtime.plans import Plan
 
@@ -34,7 +34,7 @@ class Contexts(Protocol):
 
 
 class Listener:
-    """What a library says: to our log, and its last error for our own message."""
+    """What a library says: to our log, and its first error, which later ones follow from, for our own message."""
 
     def __init__(self, library: Any) -> None:
         listener = self
@@ -46,7 +46,7 @@ class Listener:
                 library.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
-                if severity in (severities.ERROR, severities.INTERNAL_ERROR):
+                if severity in (severities.ERROR, severities.INTERNAL_ERROR) and not listener.error:
                     listener.error = (message.strip().splitlines() or [""])[0][:300]
                 log.debug("%s", message)
 
@@ -64,7 +64,17 @@ class Loaded:
     contexts: Contexts
 
     def why(self) -> str:
-        return self.listener.error or "TensorRT says no more"
+        said, self.listener.error = self.listener.error, ""
+        return said or "TensorRT says no more"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component of a bundle as it is open: its name, what bundle.json says of it, and its plan on the device."""
+
+    name: str
+    component: Component
+    loaded: Loaded
 
 
 class Bound:
@@ -74,13 +84,9 @@ class Bound:
     """
 
     def __init__(
-        self,
-        name: str,
-        loaded: Loaded,
-        shapes: Mapping[str, Sequence[int]],
-        given: Mapping[str, Memory],
-        stream: Stream,
+        self, part: Part, shapes: Mapping[str, Sequence[int]], given: Mapping[str, Memory], stream: Stream
     ) -> None:
+        name, loaded = part.name, part.loaded
         profile = loaded.plan.key.profile_for(shapes)
         if profile is None:
             raise EngineError(outside(name, loaded.plan, shapes))

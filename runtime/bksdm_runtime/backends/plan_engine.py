@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bksdm_runtime import plans
 from bksdm_runtime.backends.device import DeviceError, Event, Stream, device
-from bksdm_runtime.backends.loaded_plan import Bound, Loaded, load, specs
+from bksdm_runtime.backends.loaded_plan import Bound, Loaded, Part, load, specs
 from bksdm_runtime.backends.plan_loop import Loop
 from bksdm_runtime.bundle import Bundle, BundleError
 from bksdm_runtime.contract import Component
@@ -41,8 +41,9 @@ class PlanEngine:
         self.component = component
         self.backend = settings.backend
         self.arithmetic = arithmetic
-        self.threads = settings.threads or 1  # it waits for the device with one
+        self.threads = 1  # which waits for the device
         self.loaded = loaded
+        self.part = Part(name, component, loaded)
         self.stream = Stream(loaded.device)
         self._bound: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
 
@@ -64,18 +65,13 @@ class PlanEngine:
     def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
         return self.loaded.plan.key.profile_for(shapes) is not None
 
-    @property
-    def most_rows(self) -> int:
-        first = self.component.inputs[0].name
-        return max(profile[first].largest[0] for profile in self.loaded.plan.key.profiles)
-
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Bound:
         """The plan at these shapes, kept for the next call. Raises EngineError where it was not built for them."""
         key = tuple(sorted(shapes.items()))
         if key not in self._bound:
             while len(self._bound) >= _KEPT_SHAPES:
                 self._bound.popitem(last=False)  # before there is another: as many in memory as are kept
-            self._bound[key] = Bound(self.name, self.loaded, shapes, {}, self.stream)
+            self._bound[key] = Bound(self.part, shapes, {}, self.stream)
         self._bound.move_to_end(key)
         return self._bound[key]
 
@@ -137,11 +133,13 @@ class PlanUNet(PlanEngine):
 
     def _loop(self, latents: tuple[int, ...], context: tuple[int, ...], shallow: PlanEngine | None) -> Loop:
         """One that no picture is being drawn with. What two of them compute at once is kept apart."""
+        wanted = None if shallow is None else shallow.part
         for loop in self._idle:
-            if loop.latents_shape == latents and loop.context_shape == context and shallow in (None, loop.shallow):
+            if loop.latents_shape == latents and loop.context_shape == context and wanted in (None, loop.shallow):
                 self._idle.remove(loop)
                 return loop
-        return Loop(self, latents, context, shallow)
+        del self._idle[: max(0, len(self._idle) - _KEPT_LOOPS + 1)]  # before there is another
+        return Loop(self.part, latents, context, wanted)
 
 
 def open_plan(library: Any, bundle: Bundle, component: str, settings: EngineSettings, contexts: Any) -> PlanEngine:
@@ -162,19 +160,25 @@ def open_plan(library: Any, bundle: Bundle, component: str, settings: EngineSett
         )
     try:
         place = device()
-        here = Machine(settings.backend, str(library.__version__), place.sm)
+        here = Machine(settings.backend, str(library.__version__), place.sm, place.name)
         plan = plans.find(bundle, component, here)
         plans.verify(plan)
-    except DeviceError as error:
-        raise EngineError(f"backend {settings.backend!r}: the CUDA device does not start: {error}") from error
+        facts = bundle.manifest.components[component]
+        loaded = load(library, plan, place, contexts(plan, settings), bundle.component_path(component))
+        for side, promised, mode in (
+            ("input", facts.inputs, library.TensorIOMode.INPUT),
+            ("output", facts.outputs, library.TensorIOMode.OUTPUT),
+        ):
+            check_tensors(component, side, promised, specs(library, loaded.engine, mode), narrowed=True)
+        kind = PlanUNet if component == "unet" and _is_stepped(facts) else PlanEngine
+        return kind(component, facts, loaded, settings, arithmetic)
     except BundleError as error:
         raise EngineError(str(error)) from error
-    facts = bundle.manifest.components[component]
-    loaded = load(library, plan, place, contexts(plan, settings), bundle.component_path(component))
-    check_tensors(component, "input", facts.inputs, specs(library, loaded.engine, library.TensorIOMode.INPUT))
-    check_tensors(component, "output", facts.outputs, specs(library, loaded.engine, library.TensorIOMode.OUTPUT))
-    kind = PlanUNet if component == "unet" and _is_stepped(facts) else PlanEngine
-    return kind(component, facts, loaded, settings, arithmetic)
+    # TypeError: what the bindings raise where a library gives no object, as on an old driver. RuntimeError: what
+    # cuda-bindings raises where the driver lacks a function.
+    except (DeviceError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise EngineError(f"backend {settings.backend!r} does not start: {reason}") from error
 
 
 def _is_stepped(unet: Component) -> bool:

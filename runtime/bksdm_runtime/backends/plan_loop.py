@@ -6,24 +6,20 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bksdm_runtime.backends.device import DeviceError, Event, Graph, HostMemory, Memory, Stream
-from bksdm_runtime.backends.loaded_plan import Bound
+from bksdm_runtime.backends.device import THREADS, DeviceError, Event, Graph, HostMemory, Memory, Stream
+from bksdm_runtime.backends.loaded_plan import Bound, Part
 from bksdm_runtime.contract import DEEP
 from bksdm_runtime.engine import EngineError
 from bksdm_runtime.evaluations import Evaluation
 from bksdm_runtime.step_table import COLUMNS, MOST_EVALUATIONS, PAST
 
-if TYPE_CHECKING:
-    from bksdm_runtime.backends.plan_engine import PlanEngine
-
 Array = NDArray[np.float32]
 
-_MOST_ROWS = 1024  # of a U-Net evaluation: `advance` is one block of threads
+_MOST_ROWS = THREADS  # of a U-Net evaluation: `advance` is one block
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +40,12 @@ class Loop:
     The next input always has 2 B rows, the latents twice: an unguided evaluation reads the first B of them.
     """
 
-    def __init__(
-        self, unet: PlanEngine, latents: tuple[int, ...], context: tuple[int, ...], shallow: PlanEngine | None
-    ) -> None:
+    def __init__(self, unet: Part, latents: tuple[int, ...], context: tuple[int, ...], shallow: Part | None) -> None:
         self.unet, self.shallow = unet, shallow
         self.latents_shape, self.context_shape = latents, context
         self._batch, self._size = latents[0], int(np.prod(latents[1:]))
         if 2 * self._batch > _MOST_ROWS:
-            raise EngineError(f"backend {unet.backend} takes at most {_MOST_ROWS // 2} pictures at once")
+            raise EngineError(f"{unet.name} takes at most {_MOST_ROWS // 2} pictures at once on this backend")
         self._dtypes = {spec.name: spec.dtype for spec in unet.component.inputs}
         place = unet.loaded.device
         self.stream = Stream(place)
@@ -110,7 +104,7 @@ class Loop:
         full = now.full or self.shallow is None
         key = now.guided, full
         if key not in self._stages:
-            engine = self.unet if full or self.shallow is None else self.shallow
+            part = self.unet if full or self.shallow is None else self.shallow
             rows = self._batch * (2 if now.guided else 1)
             shapes: dict[str, tuple[int, ...]] = {
                 "sample": (rows, *self.latents_shape[1:]),
@@ -122,10 +116,12 @@ class Loop:
             if deep is not None:
                 shape = (rows, *(axis for axis in deep.axes[1:2] if isinstance(axis, int)), *self.latents_shape[2:])
                 size = int(np.prod(shape)) * np.dtype(deep.dtype).itemsize
-                given[DEEP] = self._deep.setdefault(rows, self.unet.loaded.device.memory(size))
+                if rows not in self._deep:
+                    self._deep[rows] = self.unet.loaded.device.memory(size)
+                given[DEEP] = self._deep[rows]
                 if not full:
                     shapes[DEEP] = shape
-            bound = Bound(engine.name, engine.loaded, shapes, given, self.stream)
+            bound = Bound(part, shapes, given, self.stream)
             bound.run()  # on zeros: a context allocates in its first run, which no capture may hold
             graph = self._captured(bound, rows)
             self._stages[key] = Stage(bound, rows, full, graph)
@@ -134,6 +130,7 @@ class Loop:
 
     def _captured(self, bound: Bound, rows: int) -> Graph | None:
         if not bound.can_be_captured:
+            log.warning("%s at %s rows is not captured as a CUDA graph, which is slower", self.unet.name, rows)
             return None
 
         def work() -> None:
@@ -143,7 +140,9 @@ class Loop:
         try:
             return self.stream.capture(work)
         except (DeviceError, EngineError) as error:
-            log.info("%s at %s rows is not captured as a CUDA graph: %s", self.unet.name, rows, error)
+            log.warning(
+                "%s at %s rows is not captured as a CUDA graph, which is slower: %s", self.unet.name, rows, error
+            )
             return None
 
     def _step_after(self, bound: Bound, rows: int) -> None:

@@ -29,6 +29,9 @@ class RTXContexts:
 
     def new(self, engine: Any) -> Any:
         config = engine.create_runtime_config()
+        # By default a shape's own kernels are compiled beside its first runs: a CUDA graph would keep the others.
+        strategies = library.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         if self._entry is not None:
             if self._cache is None:
                 self._cache = config.create_runtime_cache()
