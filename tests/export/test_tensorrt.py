@@ -545,6 +545,31 @@ def test_a_timing_cache_is_the_users_and_of_one_gpu_and_version(
     assert to_tensorrt._timing_cache(Installed("tensorrt-rtx", None), RTX) is None
 
 
+def test_timings_of_earlier_builds_are_read_and_those_of_this_one_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import polygraphy.backend.trt as loaders
+    import polygraphy.config
+
+    given: list[Any] = []
+
+    def engine_bytes(network: Any, config: Any, save_timing_cache: str) -> Callable[[], bytes]:
+        given.append((config._config.timing_cache_path, save_timing_cache))
+        return lambda: b"plan"
+
+    monkeypatch.setattr(polygraphy.config, "USE_TENSORRT_RTX", False)
+    monkeypatch.setattr(loaders, "EngineBytesFromNetwork", engine_bytes)
+    monkeypatch.setattr(tensorrt_versions, "installed", lambda name: Installed(name, library("11.4.0.106")))
+    timing = tmp_path / "timings"
+    profile = {"sample": Range((2, 4), (2, 4), (2, 4))}
+    job = Job("tensorrt", "a.onnx", str(tmp_path / "plan"), "8.9", (profile,), Options(), str(timing))
+    plan_builder.build(job)
+    timing.write_bytes(b"timings")
+    plan_builder.build(job)
+    assert given == [(None, str(timing)), (str(timing), str(timing))]
+    assert (tmp_path / "plan").read_bytes() == b"plan"
+
+
 def test_a_job_survives_its_json() -> None:
     profile = {"sample": Range((1, 4), (2, 4), (3, 4))}
     job = Job("tensorrt", "a.onnx", "a.plan", "8.9", (profile, profile), Options(3, hardware="same-sm"), "timings")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -374,6 +375,9 @@ class ICudaEngine:
         zeros = {name: np.zeros(shape, _NUMPY[self.get_tensor_dtype(name)]) for name, shape in inputs.items()}
         names = [one.name for one in self._session.get_outputs()]
         return {name: array.shape for name, array in zip(names, self._session.run(names, zeros), strict=True)}
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return 1 << 20
 
     def create_execution_context(self) -> IExecutionContext | None:
         if self._library.refuses == "context":
@@ -823,6 +827,27 @@ def test_what_the_library_refuses_is_one_sentence(driver: Driver, bundle: Path) 
     driver.fails = None
     library.Runtime = lambda logger: (_ for _ in ()).throw(TypeError("pybind11::init(): factory returned nullptr"))
     with pytest.raises(EngineError, match="does not start: pybind11::init"):
+        Pipeline.open(bundle, ON_PLANS)
+
+
+def test_a_stripped_plan_gets_its_weights_and_a_streamed_one_its_budget(driver: Driver, bundle: Path) -> None:
+    library = driver.library  # type: ignore[attr-defined]
+    fits = [True]
+    read: list[str] = []
+    library.Refitter = lambda engine, logger: SimpleNamespace(refit_cuda_engine=lambda: True)
+    library.OnnxParserRefitter = lambda refitter, logger: SimpleNamespace(
+        refit_from_file=lambda path: read.append(path) or fits[0]
+    )
+    build(bundle, flags={plans.STRIPPED: True, plans.WEIGHT_STREAMING: True})
+    opened = bundles.load(bundle)
+    pipeline = Pipeline.open(bundle, ON_PLANS)
+    assert {str(opened.component_path(name)) for name in ("unet", "text_encoder", "vae_decoder")} == set(read)
+    unet: Any = pipeline._engines["unet"]
+    assert unet.loaded.engine.weight_streaming_budget_v2 == 1 << 20
+    fits[0] = False
+    with pytest.raises(
+        EngineError, match=r"unet\.plan does not take the weights of .*model\.onnx: TensorRT says no more"
+    ):
         Pipeline.open(bundle, ON_PLANS)
 
 
