@@ -66,9 +66,13 @@ class Options:
 
     @classmethod
     def of(cls, flags: Mapping[str, str | int | bool]) -> Options:
-        """What a key's flags ask for."""
+        """What a key's flags ask for. Raises ExportError at one that no option is."""
         names = {in_keys: name for name, in_keys in _IN_KEYS.items()}
         asked: dict[str, Any] = {names.get(name, name): value for name, value in flags.items()}
+        if unknown := asked.keys() - cls.__dataclass_fields__.keys():
+            raise ExportError(
+                f"an engine's key has the flag {min(unknown)}, which this bksdm does not know: use --force"
+            )
         return cls(**asked)
 
 

@@ -28,6 +28,7 @@ from bksdm_runtime import bundle as bundles
 from bksdm_runtime import plans
 from bksdm_runtime.bundle import Bundle, BundleError, file_sha256
 from bksdm_runtime.compiled_cache import user_folder
+from bksdm_runtime.devices import device_name
 from bksdm_runtime.plans import EngineKey, Machine, Plan
 
 log = logging.getLogger(__name__)
@@ -151,13 +152,17 @@ def _key(bundle: Bundle, name: str, machine: Machine, wanted: Sequence[Sizes], r
     component, facts = bundle.manifest.components[name], bundle.manifest.model
     found = profiles(name, component, facts, wanted, unguided=request.unguided)
     key = EngineKey(name, plans.graph_sha256(bundle, name), machine, found, request.options.flags())
-    path = plans.key_path(bundle, machine, name)
-    if request.add and path.is_file():
-        older = plans.read(path).key
-        if older.misfit(key.onnx, machine) is None:
-            both = (*older.profiles, *(profile for profile in found if profile not in older.profiles))
-            return replace(key, profiles=both, flags={**older.flags, **key.flags})
-    return key
+    if not request.add:
+        return key
+    # To the engine that would run here, whatever other GPUs it is for; its flags and machine stay.
+    here = replace(machine, gpu=machine.gpu or ("" if machine.library == "tensorrt-rtx" else device_name()))
+    try:
+        older = plans.find(bundle, name, here).key
+    except BundleError as error:
+        log.warning("%s: there is nothing to add to: %s", name, error)
+        return key
+    both = (*older.profiles, *(profile for profile in found if profile not in older.profiles))
+    return replace(older, profiles=both, flags={**older.flags, **key.flags})
 
 
 def _there(bundle: Bundle, key: EngineKey) -> Plan | None:
@@ -209,7 +214,10 @@ def _build(bundle: Bundle, here: Installed, key: EngineKey, progress: Callable[[
         raise ExportError(f"{key.component} is not built: {error.strerror or error}{where}") from error
     for older in path.parent.glob(f"{key.component}-*.plan"):
         if older != plan and re.fullmatch(rf"{key.component}-[0-9a-f]{{12}}\.plan", older.name):
-            older.unlink(missing_ok=True)
+            try:
+                older.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s could not be removed (%s): delete it", older, error.strerror)
     return result
 
 

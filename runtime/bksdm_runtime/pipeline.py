@@ -341,30 +341,44 @@ class Pipeline:
                 Thread(target=engine.prepare, args=(shapes,)).start()  # no daemon: the library must end before us
 
     def _held(self, batch: Batch) -> list[Batch]:
-        """The batch in parts that the U-Net was built for, as large as they can be; whole where there are none."""
-        parts: list[Batch] = []
-        rest = batch
-        while rest.requests:
-            sizes = range(len(rest.requests), 0, -1)
-            size = next((size for size in sizes if self._lacking(_part(rest, 0, size), "unet") is None), None)
-            if size is None:
-                return [*parts, rest]
-            parts.append(_part(rest, 0, size))
-            rest = _part(rest, size)
-        return parts
+        """The batch in as few parts as there are that the engines were built for; singly where there are none."""
+        count = len(batch.requests)
+        names = [name for name in self._shapes(batch) if name.startswith("unet")]
+        held = [
+            size
+            for size in range(1, count + 1)
+            if all(self._lacking(_part(batch, 0, size), name) is None for name in names)
+        ]
+        fewest: list[tuple[int, ...] | None] = [()]  # for each number of requests, the sizes of its parts
+        for rest in range(1, count + 1):
+            ways = [(size, *way) for size in held if size <= rest and (way := fewest[rest - size]) is not None]
+            fewest.append(min(ways, key=lambda way: (len(way), tuple(-size for size in way)), default=None))
+        sizes = fewest[count] or (1,) * count
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [_part(batch, start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
     def _refuse(self, batch: Batch) -> None:
         """Refuse what an engine was not built for before anything is computed. Raises EngineError."""
         for component in self._shapes(batch):
-            if self._lacking(batch, component) is not None:
-                count = len(batch.requests)
-                flags = [f"--height {batch.height} --width {batch.width}"]
-                flags += [f"--batch {count}"] if count > 1 else []
-                flags += [] if all(one.guided for one in batch.evaluations) else ["--unguided"]
+            shapes = self._lacking(batch, component)
+            if shapes is not None:
+                count, height, width = len(batch.requests), batch.height, batch.width
+                what = f"{count} picture{'s' * (count > 1)} at once of {width}x{height} px"
+                flags = f"--height {height} --width {width}"
+                if component == "vae_decoder" and batch.requests[0].vae_tile is not None:
+                    factor = self.bundle.manifest.model.vae_scale_factor
+                    height, width = (factor * side for side in shapes["latent_sample"][2:])
+                    what, flags = (
+                        f"tiles of {width}x{height} px",
+                        f"--component vae_decoder --height {height} --width {width}",
+                    )
+                elif component.startswith("unet"):
+                    unguided = shapes["timestep"][0] == count
+                    what += " without guidance" * unguided
+                    flags += f" --batch {count}" * (count > 1) + " --unguided" * unguided
                 raise EngineError(
-                    f"the engine of {component} was not built for {count} picture{'s' * (count > 1)} at once of "
-                    f"{batch.width}x{batch.height} px{'' if batch.guided else ' without guidance'}: "
-                    f"bksdm-build {self.bundle.root} --add {' '.join(flags)}, or take another --backend"
+                    f"the engine of {component} was not built for {what}: bksdm-build {self.bundle.root} "
+                    f"--library {self.backend} --add {flags}, or take another --backend"
                 )
 
     def _lacking(self, batch: Batch, component: str) -> dict[str, tuple[int, ...]] | None:

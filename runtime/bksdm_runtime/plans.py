@@ -13,7 +13,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from bksdm_runtime.bundle import ENGINES_FOLDER, Bundle, BundleError, file_sha256
@@ -194,18 +194,24 @@ def key_path(bundle: Bundle, machine: Machine, component: str) -> Path:
 
 def built(bundle: Bundle, library: str | None = None) -> list[Path]:
     """The keys of all plans, of one library or of any; none where there is no folder of them."""
-    suffix = "" if library is None else LIBRARIES[library][1]
-    folders = sorted((bundle.root / ENGINES_FOLDER).glob(f"sm*-{suffix}*"))
+    names = "|".join(one for _, one in LIBRARIES.values()) if library is None else LIBRARIES[library][1]
+    folders = [
+        folder
+        for folder in sorted((bundle.root / ENGINES_FOLDER).glob("sm*"))
+        if re.match(rf"sm\d+-({names})\d", folder.name)  # "-rtx" may stand in a GPU's name, too
+    ]
     return [path for folder in folders for path in sorted(folder.glob("*.json"))]
 
 
 def find(bundle: Bundle, component: str, here: Machine) -> Plan:
-    """The plan of a component that fits this machine. Raises BundleError, which says what differs and what to do."""
+    """The plan of a component that fits this machine: that of its own GPU before that of its compute capability, and
+    either before one of others that fits. Raises BundleError, which says what differs and what to do."""
     onnx = graph_sha256(bundle, component)
-    exact = key_path(bundle, here, component)  # or, of all models of this compute capability, among the others
-    others = [path for path in built(bundle) if path.name == exact.name and path != exact]
+    exact = key_path(bundle, here, component)
+    first = (exact, key_path(bundle, replace(here, gpu=""), component))
+    others = [path for path in built(bundle) if path.name == exact.name and path not in first]
     refused: list[str] = []
-    for path in (exact, *others):
+    for path in dict.fromkeys((*first, *others)):
         if not path.is_file():
             continue
         folder = path.parent.relative_to(bundle.root).as_posix()
@@ -222,7 +228,8 @@ def find(bundle: Bundle, component: str, here: Machine) -> Plan:
         refused.append(f"{folder} {why}")
     found = f"; {', '.join(refused)}" if refused else ""
     raise BundleError(
-        f"bundle {bundle.root} has no engine of {component} for {here}{found}: run bksdm-build {bundle.root}"
+        f"bundle {bundle.root} has no engine of {component} for {here}{found}: "
+        f"run bksdm-build {bundle.root} --library {here.library}"
     )
 
 

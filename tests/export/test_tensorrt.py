@@ -229,6 +229,13 @@ def test_sizes_are_added_to_those_that_are_there(bundle: Path) -> None:
         assert built.fresh == fresh
         assert [str(profile["latent_sample"]) for profile in built.plan.key.profiles] == ["1x4x8x8", "1x4x16x8"]
         assert built.plan.key.flags == {"optimization_level": 1}
+    key = built.plan.path.with_name("vae_decoder.json")
+    key.write_text(key.read_text().replace('"optimization_level"', '"colour"'))
+    with pytest.raises(ExportError, match="an engine's key has the flag colour, which this bksdm does not know"):
+        build_engines(replace(taller, heights=(Span(64, 64, 64),), batches=(), widths=(Span(128, 128, 128),)))
+    key.write_text("{")
+    [alone] = build_engines(taller)  # nothing to add to
+    assert alone.fresh
     [alone] = build_engines(replace(taller, add=False))
     assert [str(profile["latent_sample"]) for profile in alone.plan.key.profiles] == ["1x4x16x8"]
 

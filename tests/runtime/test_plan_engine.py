@@ -34,8 +34,9 @@ from bksdm_runtime import bundle as bundles
 from bksdm_runtime import engine as engines
 from bksdm_runtime import plans, step_table
 from bksdm_runtime.backends import device, plan_engine, rtx
+from bksdm_runtime.bundle import BundleError
 from bksdm_runtime.engine import EngineError, EngineSettings, MissingBackend, Sampler
-from bksdm_runtime.pipeline import Pipeline, Step, sample
+from bksdm_runtime.pipeline import Pipeline, Step, check, sample
 from bksdm_runtime.plans import EngineKey, Machine, Plan, Range
 from bksdm_runtime.request import Request
 from bksdm_runtime.schedule import SAMPLERS, make_schedule
@@ -320,9 +321,11 @@ class Library:
     def __init__(self, driver: Driver) -> None:
         self.driver, self.contexts = driver, 0
         self.refuses = ""
+        self.logger: Any = None
 
     def Runtime(self, logger: Any) -> Runtime:  # noqa: N802
-        return Runtime(self, logger)
+        self.logger = self.logger or logger  # as the real one, which goes on with the first
+        return Runtime(self, self.logger)
 
 
 class Runtime:
@@ -649,7 +652,7 @@ def test_a_picture_that_the_engine_was_not_built_for_is_refused_before_anything_
     pipeline = Pipeline.open(bundle, ON_PLANS)
     expected = (
         rf"the engine of unet was not built for 1 picture at once of 128x1088 px: "
-        rf"bksdm-build {bundle} --add --height 1088 --width 128, or take another --backend"
+        rf"bksdm-build {bundle} --library tensorrt --add --height 1088 --width 128, or take another --backend"
     )
     with pytest.raises(EngineError, match=expected):
         pipeline.generate([replace(PLAIN, height=1088)])
@@ -682,7 +685,9 @@ def test_whatever_a_picture_will_need_is_asked_before_it_is_begun(
         with pytest.raises(EngineError, match=f"has no engine of {component}"):
             pipeline.generate([replace(PLAIN, **changes)])
     one = build(make_toy_bundle(tmp_path / "one"), fixed=(wide,))
-    with pytest.raises(EngineError, match="the engine of vae_decoder was not built for 1 picture at once of 320x64 px"):
+    with pytest.raises(
+        EngineError, match=r"vae_decoder was not built for tiles of 192x64 px: .* --component vae_decoder --height"
+    ):
         Pipeline.open(one, ON_PLANS).generate([wide])
 
 
@@ -750,6 +755,54 @@ def test_what_flags_let_an_engine_fit() -> None:
     assert compatible.misfit("a", replace(key.machine, version="9.9.9")) == "was built with TensorRT 10.3.0"
 
 
+def test_a_gpu_with_rtx_in_its_name_has_no_engines_of_tensorrt_rtx(bundle: Path) -> None:
+    build(bundle, replace(HERE, gpu="NVIDIA GeForce RTX 4090"))
+    opened = bundles.load(bundle)
+    assert (len(plans.built(opened, "tensorrt")), plans.built(opened, "tensorrt-rtx")) == (8, [])
+
+
+def test_the_own_gpus_engine_goes_before_that_of_its_compute_capability_and_that_before_others(bundle: Path) -> None:
+    wide = replace(HERE, gpu="", sm="8.0")
+    build(bundle, wide, flags={plans.HARDWARE: plans.AMPERE_AND_LATER})
+    build(bundle, replace(HERE, gpu=""))
+    opened = bundles.load(bundle)
+    for machine in (HERE, replace(HERE, gpu=""), wide):
+        assert plans.find(opened, "unet", HERE).key.machine == machine
+        plans.key_path(opened, machine, "unet").unlink()
+    with pytest.raises(BundleError, match="has no engine of unet"):
+        plans.find(opened, "unet", HERE)
+
+
+@pytest.mark.usefixtures("driver")
+def test_batches_are_as_few_as_the_engine_was_built_for(toy_bundle: Path, tmp_path: Path) -> None:
+    folder = build(Path(shutil.copytree(toy_bundle, tmp_path / "bundle")))
+    opened = bundles.load(folder)
+    path = plans.key_path(opened, HERE, "unet")
+    plan = plans.read(path)
+
+    def of(smallest: int, largest: int) -> dict[str, Range]:
+        return {
+            name: Range((smallest, *span.smallest[1:]), (largest, *span.fastest[1:]), (largest, *span.largest[1:]))
+            for name, span in plan.key.profiles[0].items()
+        }
+
+    def split(count: int, *profiles: dict[str, Range]) -> list[int]:
+        path.write_text(replace(plan, key=replace(plan.key, profiles=profiles)).to_json())
+        pipeline = Pipeline.open(folder, ON_PLANS)
+        asked = [replace(PLAIN, seed=seed) for seed in range(count)]
+        [whole] = check(pipeline.bundle, asked, batch_size=16)[0]
+        parts = pipeline._held(whole)
+        assert [position for part in parts for position in part.positions] == list(range(count))
+        return [len(part.requests) for part in parts]
+
+    assert split(9, of(4, 16)) == [7, 2]  # and not 8 and 1, which is refused
+    assert split(4, of(4, 4), of(6, 6)) == [2, 2]
+    assert split(3, of(2, 2), of(8, 8)) == [1, 1, 1]
+    assert split(3, of(16, 16)) == [1, 1, 1]  # each of which is refused, and so is the first
+    with pytest.raises(EngineError, match="not built for 1 picture at once of 128x64 px: "):
+        Pipeline.open(folder, ON_PLANS).generate([PLAIN] * 3)
+
+
 @pytest.mark.usefixtures("driver")
 def test_several_gpus_engines_lie_side_by_side(bundle: Path) -> None:
     build(bundle, replace(HERE, sm="8.6"))
@@ -780,6 +833,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a plan elsewhere": (
         lambda path: path.write_text(path.read_text().replace('"unet.plan"', '"../../unet.plan"')),
         "is not a path inside the bundle",
+    ),
+    "another input": (
+        lambda path: path.write_text(path.read_text().replace('"timestep": {', '"time": {')),
+        "has other inputs than unet: run bksdm-build again",
     ),
     "a nonsensical profile": (
         lambda path: path.write_text(json.dumps(_swapped(json.loads(path.read_text())))),

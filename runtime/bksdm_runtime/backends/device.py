@@ -186,9 +186,11 @@ class Graph:
     """What a stream was asked for once, to be asked for again in one call."""
 
     def __init__(self, owner: Device, captured: Any) -> None:
-        self.executable = _call("cuGraphInstantiate", captured, 0)
+        try:
+            self.executable = _call("cuGraphInstantiate", captured, 0)
+        finally:
+            _call("cuGraphDestroy", captured)
         self._given_back = weakref.finalize(self, owner.give_back, "cuGraphExecDestroy", self.executable)
-        _call("cuGraphDestroy", captured)
 
 
 def _call(function: str, *arguments: Any) -> Any:

@@ -6,7 +6,9 @@ import logging
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -19,6 +21,8 @@ from bksdm_runtime.engine import EngineError
 from bksdm_runtime.plans import Plan
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64"}
+
+_BUDGETS = Lock()
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,10 @@ class Contexts(Protocol):
 
 
 class Listener:
-    """What a library says: to our log, and its first error, which later ones follow from, for our own message."""
+    """What a library says: to our log, and its first error, which later ones follow from, for our own message.
+
+    One for the life of the process: while a runtime is there, a library goes on with the first logger it was given.
+    """
 
     def __init__(self, library: Any) -> None:
         listener = self
@@ -51,6 +58,11 @@ class Listener:
                 log.debug("%s", message)
 
         self.logger: Any = Logger()
+
+
+@cache
+def listener_of(library: Any) -> Listener:
+    return Listener(library)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class Bound:
         self, part: Part, shapes: Mapping[str, Sequence[int]], given: Mapping[str, Memory], stream: Stream
     ) -> None:
         name, loaded = part.name, part.loaded
+        loaded.listener.error = ""  # of another plan, or of a capture that was given up
         profile = loaded.plan.key.profile_for(shapes)
         if profile is None:
             raise EngineError(outside(name, loaded.plan, shapes))
@@ -136,7 +149,8 @@ class Bound:
 def load(library: Any, plan: Plan, place: Device, contexts: Contexts, graph: Path) -> Loaded:
     """Read a plan to the device. Raises EngineError."""
     place.use()
-    listener = Listener(library)
+    listener = listener_of(library)
+    listener.error = ""
     runtime = library.Runtime(listener.logger)
     if plan.key.flags.get(plans.VERSION_COMPATIBLE):
         runtime.engine_host_code_allowed = True  # such a plan brings the part of TensorRT that runs it
@@ -151,7 +165,8 @@ def load(library: Any, plan: Plan, place: Device, contexts: Contexts, graph: Pat
         if not (parser.refit_from_file(str(graph)) and refitter.refit_cuda_engine()):
             raise EngineError(f"{plan.path} does not take the weights of {graph}: {loaded.why()}")
     if plan.key.flags.get(plans.WEIGHT_STREAMING):
-        engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        with _BUDGETS:  # of what is free now: one engine after the other
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
     return loaded
 
 

@@ -58,7 +58,7 @@ class PlanEngine:
                 spec.name: self.stream.fetch(bound.memories[spec.name], bound.shapes[spec.name], spec.dtype)
                 for spec in self.component.outputs
             }
-        except DeviceError as error:
+        except (DeviceError, TypeError, RuntimeError) as error:  # as in open_plan
             raise run_error(self.name, ready, error, str(error)) from error
         return to_caller(arrays)
 
@@ -128,14 +128,14 @@ class PlanUNet(PlanEngine):
                 self.loaded.device.use()
                 loop.stream.wait()  # one that was cancelled may be under way
                 self._idle = [*self._idle, loop][-_KEPT_LOOPS:]
-        except DeviceError as error:
+        except (DeviceError, TypeError, RuntimeError) as error:  # as in open_plan
             raise run_error(self.name, {"latents": x, "context": context}, error, str(error)) from error
 
     def _loop(self, latents: tuple[int, ...], context: tuple[int, ...], shallow: PlanEngine | None) -> Loop:
         """One that no picture is being drawn with. What two of them compute at once is kept apart."""
         wanted = None if shallow is None else shallow.part
         for loop in self._idle:
-            if loop.latents_shape == latents and loop.context_shape == context and wanted in (None, loop.shallow):
+            if (loop.latents_shape, loop.context_shape, loop.shallow) == (latents, context, wanted):
                 self._idle.remove(loop)
                 return loop
         del self._idle[: max(0, len(self._idle) - _KEPT_LOOPS + 1)]  # before there is another
@@ -164,6 +164,9 @@ def open_plan(library: Any, bundle: Bundle, component: str, settings: EngineSett
         plan = plans.find(bundle, component, here)
         plans.verify(plan)
         facts = bundle.manifest.components[component]
+        names = {spec.name for spec in facts.inputs}
+        if not plan.key.profiles or any(set(profile) != names for profile in plan.key.profiles):
+            raise EngineError(f"engine key of {plan.path} has other inputs than {component}: run bksdm-build again")
         loaded = load(library, plan, place, contexts(plan, settings), bundle.component_path(component))
         for side, promised, mode in (
             ("input", facts.inputs, library.TensorIOMode.INPUT),

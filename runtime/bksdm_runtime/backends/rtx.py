@@ -44,7 +44,11 @@ class RTXContexts:
     def ran(self) -> None:
         if self._entry is None or self._cache is None:
             return
-        compiled = bytes(memoryview(self._cache.serialize()))
+        content = self._cache.serialize()
+        if content is None:
+            log.warning("what TensorRT-RTX compiled cannot be kept: it gives nothing to keep")
+            return
+        compiled = bytes(memoryview(content))
         if compiled != self._kept:
             self._entry.write(compiled)
             self._kept = compiled
