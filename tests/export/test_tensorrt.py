@@ -621,9 +621,12 @@ def test_a_range_of_sizes_and_two_profiles_build(exported: Callable[..., Path], 
     assert run(bundle, "--library", "tensorrt-rtx", *flags) == 0
     plan = plans.find(bundles.load(bundle), "unet", RTX)
     assert [str(profile["sample"]) for profile in plan.key.profiles] == ["2x4x8x8 to 16x4x16x8", "1x4x8x8 to 8x4x16x8"]
-    shapes = {"sample": (3, 4, 12, 8), "timestep": (3,), "encoder_hidden_states": (3, 77, 32)}
-    assert plan.key.profile_for(shapes) == 0
-    assert plan.key.profile_for({**shapes, "sample": (3, 4, 20, 8)}) is None
+
+    def shapes(rows: int, height: int) -> dict[str, tuple[int, ...]]:
+        return {"sample": (rows, 4, height, 8), "timestep": (rows,), "encoder_hidden_states": (rows, 77, 32)}
+
+    assert [plan.key.profile_for(shapes(rows, 12)) for rows in (1, 3, 8, 9, 16, 17)] == [1, 1, 1, 0, 0, None]
+    assert plan.key.profile_for(shapes(2, 20)) is None
 
 
 def test_help_needs_nothing_installed() -> None:
