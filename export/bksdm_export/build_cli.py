@@ -188,7 +188,7 @@ class shown(AbstractContextManager["Callable[[Progress], None]"]):  # noqa: N801
 
 def table(built: Sequence[Built]) -> str:
     """What is there now: for each engine its GPU, shapes, size, and what building it took."""
-    rows = [("engine", "for", "shapes", "MB", "seconds", "peak GB, host")]
+    rows = [("engine", "for", "shapes", "MB", "seconds", "peak GB, host", "error")]
     for one in built:
         key = one.plan.key
         first = next(iter(key.profiles[0]))
@@ -200,6 +200,7 @@ def table(built: Sequence[Built]) -> str:
                 f"{one.plan.bytes / 1e6:.1f}",
                 f"{one.plan.seconds:.1f}" if one.fresh else "was there",
                 f"{one.plan.peak_bytes / 1e9:.2f}" if one.fresh else "",
+                "not compared" if one.error is None else f"{one.error:.1e}",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

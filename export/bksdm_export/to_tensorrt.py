@@ -19,6 +19,7 @@ from typing import Any
 
 from bksdm.leftovers import scratch
 from bksdm_export import tensorrt_versions
+from bksdm_export.engine_proof import prove
 from bksdm_export.errors import ExportError
 from bksdm_export.graph_types import Types, check_types
 from bksdm_export.plan_builder import Job
@@ -73,11 +74,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Built:
-    """A plan that is there now. fresh: whether it was built just now. types: what the lint counted in its graph."""
+    """A plan that is there now.
+
+    fresh: whether it was built just now. types: what the lint counted in its graph. error: see engine_proof.prove; None
+    where it was not compared.
+    """
 
     plan: Plan
     fresh: bool
     types: Types
+    error: float | None = None
 
 
 def build_engines(request: BuildRequest, progress: Callable[[Progress], None] = lambda _: None) -> list[Built]:
@@ -107,7 +113,8 @@ def build_engines(request: BuildRequest, progress: Callable[[Progress], None] = 
             plan = None if request.force else _there(bundle, key)
             if plan is None:
                 progress(Progress(name, "starting"))
-                built.append(Built(_build(bundle, here, key, progress), True, types[name]))
+                plan, error = _build_proven(bundle, here, key, progress)
+                built.append(Built(plan, True, types[name], error))
             else:
                 built.append(Built(plan, False, types[name]))
     return built
@@ -182,6 +189,40 @@ def _there(bundle: Bundle, key: EngineKey) -> Plan | None:
     return plan
 
 
+def _build_proven(
+    bundle: Bundle, here: Installed, key: EngineKey, progress: Callable[[Progress], None]
+) -> tuple[Plan, float | None]:
+    """Build, and go back to what was there where the engine is wrong."""
+    path = plans.key_path(bundle, key.machine, key.component)
+    before = path.read_bytes() if path.is_file() else None
+    plan = _build(bundle, here, key, progress)
+    try:
+        progress(Progress(key.component, "comparing with its graph"))
+        error = prove(bundle, plan)
+    except ExportError:
+        if before is None:
+            path.unlink()
+        else:
+            old = path.with_suffix(".old")
+            old.write_bytes(before)
+            old.replace(path)
+        _remove_plans(path, plans.read(path).path if before is not None else None)
+        raise
+    _remove_plans(path, plan.path)
+    return plan, error
+
+
+def _remove_plans(path: Path, kept: Path | None) -> None:
+    """Plans of a key's component that no key means any more."""
+    component = path.stem
+    for older in path.parent.glob(f"{component}-*.plan"):
+        if older != kept and re.fullmatch(rf"{component}-[0-9a-f]{{12}}\.plan", older.name):
+            try:
+                older.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s could not be removed (%s): delete it", older, error.strerror)
+
+
 def _build(bundle: Bundle, here: Installed, key: EngineKey, progress: Callable[[Progress], None]) -> Plan:
     path = plans.key_path(bundle, key.machine, key.component)
     engines = bundle.root / bundles.ENGINES_FOLDER
@@ -212,12 +253,6 @@ def _build(bundle: Bundle, here: Installed, key: EngineKey, progress: Callable[[
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise ExportError(f"{key.component} is not built: {error.strerror or error}{where}") from error
-    for older in path.parent.glob(f"{key.component}-*.plan"):
-        if older != plan and re.fullmatch(rf"{key.component}-[0-9a-f]{{12}}\.plan", older.name):
-            try:
-                older.unlink(missing_ok=True)
-            except OSError as error:
-                log.warning("%s could not be removed (%s): delete it", older, error.strerror)
     return result
 
 

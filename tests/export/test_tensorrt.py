@@ -31,6 +31,7 @@ from bksdm import checkpoint as checkpoints
 from bksdm_export import (
     build_cli,
     cli,
+    engine_proof,
     fuse,
     graphs,
     memory,
@@ -177,7 +178,9 @@ def test_a_bundle_gets_an_engine_of_every_component(bundle: Path, capsys: pytest
     opened = bundles.load(bundle)  # what engines/ holds is no part of its hashes
     folder = bundle / "engines" / "sm89-rtx1.7.1.116"
     assert out.split() == [str(folder / f"{name}.json") for name in opened.manifest.components]
-    assert re.search(r"unet +TensorRT-RTX 1\.7\.1\.116 on SM 8\.9 +2x4x8x8 +\d+\.\d +\d+\.\d +\d\.\d\d\n", err)
+    assert re.search(
+        r"unet +TensorRT-RTX 1\.7\.1\.116 on SM 8\.9 +2x4x8x8 +\d+\.\d +\d+\.\d +\d\.\d\d +not compared\n", err
+    )
     assert "unet: building" in err
     for name in opened.manifest.components:
         plan = plans.find(opened, name, RTX)
@@ -238,6 +241,43 @@ def test_sizes_are_added_to_those_that_are_there(bundle: Path) -> None:
     assert alone.fresh
     [alone] = build_engines(replace(taller, add=False))
     assert [str(profile["latent_sample"]) for profile in alone.plan.key.profiles] == ["1x4x16x8"]
+
+
+def test_on_its_own_gpu_an_engine_is_compared_with_its_graph_and_a_wrong_one_is_not_kept(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands for the engine here is the graph on ONNX Runtime, with something added."""
+    real, added = engine_proof.open_engine, [np.float32(0)]
+
+    def opened(bundle: bundles.Bundle, name: str, settings: EngineSettings) -> Callable[..., Any]:
+        run = real(bundle, name, EngineSettings(backend="onnxruntime", threads=1))
+        share = added[0] if settings.backend == "tensorrt-rtx" else np.float32(0)
+        return lambda inputs: {one: array + share * np.abs(array).max() for one, array in run(inputs).items()}
+
+    monkeypatch.setattr(engine_proof, "compute_capability", lambda: "8.9")
+    monkeypatch.setattr(engine_proof, "open_engine", opened)
+    request = BuildRequest(bundle, "tensorrt-rtx", ("8.9",))
+    added[0] = np.float32(0.01)
+    built = build_engines(request)
+    assert all(one.error == pytest.approx(0.01, rel=0.01) for one in built)
+    assert "1.0e-02" in build_cli.table(built)
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    for wrong, why in (
+        (0.2, r"differs from its graph by 0\.2 of the largest value, accepted is 0\.05"),
+        (np.nan, "by nan of"),
+    ):
+        added[0] = np.float32(wrong)
+        with pytest.raises(ExportError, match=f"text_encoder: the engine {why}" if wrong == 0.2 else why):
+            build_engines(replace(request, force=True))
+        assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
+    [other] = build_engines(replace(request, sms=("8.6",), components=("text_encoder",)))
+    assert other.error is None  # not its GPU
+    with pytest.raises(ExportError, match="by nan of"):
+        build_engines(replace(request, sms=("8.9",), components=("vae_decoder",), heights=(Span(128, 128, 128),)))
+    (bundle / "engines" / "sm89-rtx1.7.1.116" / "unet.json").unlink()
+    with pytest.raises(ExportError, match="unet: the engine differs"):
+        build_engines(replace(request, components=("unet",), options=Options(optimization_level=0)))
+    assert not (bundle / "engines" / "sm89-rtx1.7.1.116" / "unet.json").exists()
 
 
 def test_what_each_flag_asks_is_in_the_key(bundle: Path) -> None:
