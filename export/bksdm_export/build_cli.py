@@ -188,7 +188,7 @@ class shown(AbstractContextManager["Callable[[Progress], None]"]):  # noqa: N801
 
 def table(built: Sequence[Built]) -> str:
     """What is there now: for each engine its GPU, shapes, size, and what building it took."""
-    rows = [("engine", "for", "shapes", "MB", "seconds", "peak GB, host", "error")]
+    rows = [("engine", "for", "shapes", "nodes fp16 + fp32", "MB", "seconds", "peak GB, host", "error")]
     for one in built:
         key = one.plan.key
         first = next(iter(key.profiles[0]))
@@ -197,6 +197,7 @@ def table(built: Sequence[Built]) -> str:
                 key.component,
                 str(key.machine),
                 ", ".join(str(profile[first]) for profile in key.profiles),
+                f"{one.types.float16:,} + {one.types.float32:,}",
                 f"{one.plan.bytes / 1e6:.1f}",
                 f"{one.plan.seconds:.1f}" if one.fresh else "was there",
                 f"{one.plan.peak_bytes / 1e9:.2f}" if one.fresh else "",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bksdm_runtime import bundle as bundles
+from bksdm_runtime import demands
 from bksdm_runtime.batches import LARGEST_AUTOMATIC_BATCH, MEMORY_BUDGET, Batch, plan
 from bksdm_runtime.bundle import Bundle
 from bksdm_runtime.contract import DEEP
@@ -235,9 +236,9 @@ class Pipeline:
             largest = LARGEST_AUTOMATIC_BATCH if batch_size is None else batch_size
             batches, pictures = check(self.bundle, requests, batch_size=largest)
             if batch_size is None:  # what it takes at once was decided when it was built
-                batches = [part for batch in batches for part in self._held(batch)]
+                batches = [part for batch in batches for part in demands.split(batch, self.bundle, self._engine)]
             for batch in batches:
-                self._refuse(batch)
+                demands.refuse(batch, self.bundle, self._engine)
         else:
             batches, pictures = check(self.bundle, requests, batch_size=batch_size, memory_budget=memory_budget)
         return self._generate(batches, pictures)
@@ -332,96 +333,14 @@ class Pipeline:
 
     def _prepare(self, batch: Batch) -> None:
         """Have U-Net and decoder begin, beside the text encoder, what they do once for each shape."""
-        wanted = {"unet": self._unet_shapes(batch, guided=batch.evaluations[0].guided)}
+        model = self.bundle.manifest.model
+        wanted = {"unet": demands.of_unet(batch, model, guided=batch.evaluations[0].guided)}
         if batch.requests[0].vae_tile is None:  # tiles come in several shapes
-            wanted["vae_decoder"] = self._decoder_shapes(batch)
+            wanted["vae_decoder"] = demands.of_decoder(batch, model)
         for component, shapes in wanted.items():
             engine = self._engines[component]
             if isinstance(engine, Preparing):
                 Thread(target=engine.prepare, args=(shapes,)).start()  # no daemon: the library must end before us
-
-    def _held(self, batch: Batch) -> list[Batch]:
-        """The batch in as few parts as there are that the engines were built for; singly where there are none."""
-        count = len(batch.requests)
-        names = [name for name in self._shapes(batch) if name.startswith("unet")]
-        held = [
-            size
-            for size in range(1, count + 1)
-            if all(self._lacking(_part(batch, 0, size), name) is None for name in names)
-        ]
-        fewest: list[tuple[int, ...] | None] = [()]  # for each number of requests, the sizes of its parts
-        for rest in range(1, count + 1):
-            ways = [(size, *way) for size in held if size <= rest and (way := fewest[rest - size]) is not None]
-            fewest.append(min(ways, key=lambda way: (len(way), tuple(-size for size in way)), default=None))
-        sizes = fewest[count] or (1,) * count
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        return [_part(batch, start, start + size) for start, size in zip(starts, sizes, strict=True)]
-
-    def _refuse(self, batch: Batch) -> None:
-        """Refuse what an engine was not built for before anything is computed. Raises EngineError."""
-        for component in self._shapes(batch):
-            shapes = self._lacking(batch, component)
-            if shapes is not None:
-                count, height, width = len(batch.requests), batch.height, batch.width
-                what = f"{count} picture{'s' * (count > 1)} at once of {width}x{height} px"
-                flags = f"--height {height} --width {width}"
-                if component == "vae_decoder" and batch.requests[0].vae_tile is not None:
-                    factor = self.bundle.manifest.model.vae_scale_factor
-                    height, width = (factor * side for side in shapes["latent_sample"][2:])
-                    what, flags = (
-                        f"tiles of {width}x{height} px",
-                        f"--component vae_decoder --height {height} --width {width}",
-                    )
-                elif component.startswith("unet"):
-                    unguided = shapes["timestep"][0] == count
-                    what += " without guidance" * unguided
-                    flags += f" --batch {count}" * (count > 1) + " --unguided" * unguided
-                raise EngineError(
-                    f"the engine of {component} was not built for {what}: bksdm-build {self.bundle.root} "
-                    f"--library {self.backend} --add {flags}, or take another --backend"
-                )
-
-    def _lacking(self, batch: Batch, component: str) -> dict[str, tuple[int, ...]] | None:
-        """Shapes of the batch that a component's engine was not built for; None where it takes all of them."""
-        engine = self._engine(component)
-        if not isinstance(engine, Bounded):
-            return None
-        return next((shapes for shapes in self._shapes(batch)[component] if not engine.holds(shapes)), None)
-
-    def _shapes(self, batch: Batch) -> dict[str, list[dict[str, tuple[int, ...]]]]:
-        """What a batch will ask of which components."""
-        channels, h, w = self._latents(batch)
-        found: dict[str, list[dict[str, tuple[int, ...]]]] = {"unet": [], "vae_decoder": []}
-        for now in dict.fromkeys(batch.evaluations):
-            shapes = self._unet_shapes(batch, guided=now.guided)
-            if now.full:
-                found["unet"].append(shapes)
-            else:
-                [deep] = [spec for spec in self.bundle.manifest.components["unet"].outputs if spec.name == DEEP]
-                width = cast(int, deep.axes[1])
-                found.setdefault("unet_shallow", []).append({**shapes, DEEP: (shapes["timestep"][0], width, h, w)})
-        tile = batch.requests[0].vae_tile
-        side = max(h, w) if tile is None else tile // self.bundle.manifest.model.vae_scale_factor
-        found["vae_decoder"].append({"latent_sample": (1, channels, min(side, h), min(side, w))})
-        if any(request.init_image is not None for request in batch.requests):
-            found["vae_encoder"] = [{"sample": (1, 3, batch.height, batch.width)}]
-        return found
-
-    def _unet_shapes(self, batch: Batch, *, guided: bool) -> dict[str, tuple[int, ...]]:
-        model = self.bundle.manifest.model
-        rows = 2 * len(batch.requests) if guided else len(batch.requests)
-        return {
-            "sample": (rows, *self._latents(batch)),
-            "timestep": (rows,),
-            "encoder_hidden_states": (rows, model.tokens, model.context_dim),
-        }
-
-    def _decoder_shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
-        return {"latent_sample": (1, *self._latents(batch))}
-
-    def _latents(self, batch: Batch) -> tuple[int, int, int]:
-        model = self.bundle.manifest.model
-        return model.latent_channels, batch.height // model.vae_scale_factor, batch.width // model.vae_scale_factor
 
     def _engine(self, component: str) -> Engine:
         """One that only some requests need, opened when the first of them comes."""
@@ -439,13 +358,8 @@ class Pipeline:
                 image = request.init_image
                 picture = pictures[image] if isinstance(image, Path) else image
                 clean.append(self.encode_image(picture, batch.height, batch.width, generator))
-            noise.append(generator.randn(self._latents(batch)))
+            noise.append(generator.randn(demands.latent_shape(batch, self.bundle.manifest.model)))
         return np.stack(clean) if clean else None, np.stack(noise)
-
-
-def _part(batch: Batch, start: int, end: int | None = None) -> Batch:
-    """Some of a batch's requests."""
-    return replace(batch, positions=batch.positions[start:end], requests=batch.requests[start:end])
 
 
 def _run(engine: Engine, output: str, **inputs: NDArray[np.generic]) -> Array:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from bksdm_runtime import bundle as bundles
-from bksdm_runtime import plans
+from bksdm_runtime import demands, plans
 from bksdm_runtime.backends import device
 from bksdm_runtime.bundle import BundleError
 from bksdm_runtime.engine import EngineError, MissingBackend
@@ -184,7 +184,7 @@ def test_batches_are_as_few_as_the_engine_was_built_for(toy_bundle: Path, tmp_pa
         pipeline = Pipeline.open(folder, ON_PLANS)
         asked = [replace(PLAIN, seed=seed) for seed in range(count)]
         [whole] = check(pipeline.bundle, asked, batch_size=16)[0]
-        parts = pipeline._held(whole)
+        parts = demands.split(whole, pipeline.bundle, pipeline._engine)
         assert [position for part in parts for position in part.positions] == list(range(count))
         return [len(part.requests) for part in parts]
 
