@@ -332,15 +332,20 @@ class Pipeline:
                 yield Images((position,), (request,), pixels, len(latents), (i,))
 
     def _prepare(self, batch: Batch) -> None:
-        """Have U-Net and decoder begin, beside the text encoder, what they do once for each shape."""
+        """Have U-Net and then decoder do, beside the text encoder and the first steps, what they do once a shape."""
         model = self.bundle.manifest.model
         wanted = {"unet": demands.of_unet(batch, model, guided=batch.evaluations[0].guided)}
         if batch.requests[0].vae_tile is None:  # tiles come in several shapes
             wanted["vae_decoder"] = demands.of_decoder(batch, model)
-        for component, shapes in wanted.items():
-            engine = self._engines[component]
-            if isinstance(engine, Preparing):
-                Thread(target=engine.prepare, args=(shapes,)).start()  # no daemon: the library must end before us
+        engines = [(self._engines[component], shapes) for component, shapes in wanted.items()]
+        preparing = [(engine.prepare, shapes) for engine, shapes in engines if isinstance(engine, Preparing)]
+
+        def prepare() -> None:  # one after the other: the first step waits for the U-Net alone
+            for work, shapes in preparing:
+                work(shapes)
+
+        if preparing:
+            Thread(target=prepare).start()  # no daemon: the library must end before us
 
     def _engine(self, component: str) -> Engine:
         """One that only some requests need, opened when the first of them comes."""

@@ -396,7 +396,11 @@ def test_what_tensorrt_refuses_is_said_in_its_own_words_and_not_polygraphys(tmp_
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_build_takes_its_builder_along_and_is_taken_up_again(bundle: Path, sign: int) -> None:
     paths = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-c", "from bksdm_export.build_cli import main; main()", str(bundle), "--sm", "8.9"]
+    # What runs in the background of a shell, as these tests may, has SIGINT ignored.
+    script = (
+        "import signal; signal.signal(2, signal.default_int_handler); from bksdm_export.build_cli import main; main()"
+    )
+    command = [sys.executable, "-c", script, str(bundle), "--sm", "8.9"]
     running = subprocess.Popen(
         [*command, "--component", "unet"], env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True
     )

@@ -275,11 +275,10 @@ def test_engines_are_told_the_shapes_that_come(pipeline: Pipeline, monkeypatch: 
     told: dict[str, Any] = {}
 
     class AtOnce(NamedTuple):
-        target: Callable[..., None]
-        args: tuple[Any, ...]
+        target: Callable[[], None]
 
         def start(self) -> None:
-            self.target(*self.args)
+            self.target()
 
     monkeypatch.setattr(pipelines, "Thread", AtOnce)
 
@@ -301,6 +300,7 @@ def test_engines_are_told_the_shapes_that_come(pipeline: Pipeline, monkeypatch: 
         pipeline.draw([Request("a", steps=2, height=64, width=128), Request("b", steps=2, height=64, width=128)])
         pipeline.draw([Request("a", steps=2, guidance_scale=1.0)])
         assert told["unet"]["sample"] == (1, 4, 8, 8)
+        assert list(told) == ["unet", "vae_decoder"]  # the first step waits for the first of them
     finally:
         pipeline._engines.clear()
         pipeline._engines.update(before)
