@@ -19,7 +19,8 @@ from bksdm_runtime.plans import LIBRARIES
 from bksdm_runtime.version import version
 
 if TYPE_CHECKING:
-    from bksdm_export.to_tensorrt import Built, Progress
+    from bksdm_export.builder_process import Progress
+    from bksdm_export.to_tensorrt import Built
 
 _PROGRAM = "bksdm-build"
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from bksdm.leftovers import scratch
 from bksdm_export import tensorrt_versions
+from bksdm_export.builder_process import Progress, build_apart
 from bksdm_export.engine_proof import prove
 from bksdm_export.errors import ExportError
 from bksdm_export.graph_types import Types, check_types
@@ -36,7 +30,6 @@ log = logging.getLogger(__name__)
 
 _PARTIAL = "building-"  # begins the name of a folder that a build uses, and a killed one leaves
 _PRECISIONS = ("fp16", "fp32")
-_BUILDER = (sys.executable, "-m", "bksdm_export.plan_builder")  # takes the path of a job
 
 
 @dataclass(frozen=True)
@@ -63,16 +56,6 @@ class BuildRequest:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a build is. component: of which graph; phase: as TensorRT names it; step of steps, where it says."""
-
-    component: str
-    phase: str
-    step: int = 0
-    steps: int = 0
-
-
-@dataclass(frozen=True)
 class Built:
     """A plan that is there now.
 
@@ -89,7 +72,7 @@ class Built:
 def build_engines(request: BuildRequest, progress: Callable[[Progress], None] = lambda _: None) -> list[Built]:
     """Build what is missing, and return all that was asked for, in order. Each is whole as soon as it is there.
 
-    What fails or is killed leaves every engine as it was. Raises ExportError, BundleError.
+    What fails, or is killed while it builds, leaves every engine as it was. Raises ExportError, BundleError.
     """
     bundle = bundles.load(request.bundle)
     if bundle.manifest.precision not in _PRECISIONS:
@@ -162,7 +145,7 @@ def _key(bundle: Bundle, name: str, machine: Machine, wanted: Sequence[Sizes], r
     if not request.add:
         return key
     # To the engine that would run here, whatever other GPUs it is for; its flags and machine stay.
-    here = replace(machine, gpu=machine.gpu or ("" if machine.library == "tensorrt-rtx" else device_name()))
+    here = replace(machine, gpu=machine.gpu or device_name())
     try:
         older = plans.find(bundle, name, here).key
     except BundleError as error:
@@ -192,14 +175,14 @@ def _there(bundle: Bundle, key: EngineKey) -> Plan | None:
 def _build_proven(
     bundle: Bundle, here: Installed, key: EngineKey, progress: Callable[[Progress], None]
 ) -> tuple[Plan, float | None]:
-    """Build, and go back to what was there where the engine is wrong."""
+    """Build, and go back to what was there where the engine is wrong, or comparing it is interrupted."""
     path = plans.key_path(bundle, key.machine, key.component)
     before = path.read_bytes() if path.is_file() else None
     plan = _build(bundle, here, key, progress)
     try:
         progress(Progress(key.component, "comparing with its graph"))
         error = prove(bundle, plan)
-    except ExportError:
+    except BaseException:
         if before is None:
             path.unlink()
         else:
@@ -240,7 +223,7 @@ def _build(bundle: Bundle, here: Installed, key: EngineKey, progress: Callable[[
                 timing=None if timing is None else str(timing),
             )
             started = time.perf_counter()
-            peak = _run(job, key.component, folder, progress)
+            peak = build_apart(job, key.component, folder, progress)
             seconds = time.perf_counter() - started
             sha256 = file_sha256(made)
             # Under a name of its own content: an older key goes on meaning an older plan until the new key is there.
@@ -267,90 +250,3 @@ def _timing_cache(here: Installed, machine: Machine) -> Path | None:
         log.warning("no timing cache is kept: %s cannot be written: %s", folder, error.strerror)
         return None
     return folder / f"{machine.folder}.cache"
-
-
-def _run(job: Job, name: str, folder: Path, progress: Callable[[Progress], None]) -> int:
-    """Build in a process of its own, and return its peak memory in bytes. Raises ExportError when it fails."""
-    (folder / "job.json").write_text(job.to_json(), encoding="utf-8")
-    sources = os.pathsep.join(dict.fromkeys(path for path in sys.path if path))
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
-        _Builder([*_BUILDER, str(folder / "job.json")], said, sources) as builder,
-    ):
-        phase, peak = "starting", 0
-        for told in builder.told():
-            if "phase" in told:
-                phase = str(told["phase"])
-                progress(Progress(name, phase, int(told["step"]), int(told["steps"])))
-            peak = int(told.get("peak_bytes", peak))
-        code = builder.end()
-        said.seek(0)
-        words = said.read()
-    if words.strip():
-        log.info("%s: %s", name, words.strip())
-    if code:
-        raise ExportError(f"{name} is not built ({phase}): {_why(code, words)}")
-    if not Path(job.plan).is_file():
-        raise ExportError(f"{name} is not built ({phase}): the builder wrote no plan")
-    return peak
-
-
-class _Builder:
-    """The builder's process. It ends with this block, and with this process: it listens to a pipe that we hold."""
-
-    def __init__(self, command: list[str], said: object, sources: str) -> None:
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=said,  # type: ignore[arg-type]
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, "PYTHONPATH": sources},
-        )
-
-    def __enter__(self) -> _Builder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        if self._process.returncode is None:
-            self._process.kill()
-            self._process.wait()
-
-    def told(self) -> Iterator[Mapping[str, Any]]:
-        """What it says on stdout, until it ends; what is no line of ours goes to the log."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            try:
-                told = json.loads(line)
-            except ValueError:
-                log.debug("%s", line.rstrip())
-                continue
-            if isinstance(told, dict):
-                yield told
-
-    def end(self) -> int:
-        """Wait for its exit code; negative: of a signal."""
-        return self._process.wait()
-
-
-def _why(code: int, words: str) -> str:
-    """One line about a builder that failed: its last error, or how it ended."""
-    if code == -signal.SIGKILL:
-        return "the builder was killed (out of memory?): close other programs, or build fewer shapes"
-    if code < 0:
-        return f"TensorRT crashed ({signal.Signals(-code).name}): {_last(words) or 'it said nothing'}"
-    return _last(words) or f"the builder ended with exit code {code}"
-
-
-def _last(words: str) -> str:
-    """The error that says most: TensorRT's own before Polygraphy's that an engine is invalid."""
-    lines = [line.strip() for line in words.splitlines() if line.strip()]
-    errors = [line.removeprefix("[E]").strip() for line in lines if line.startswith("[E]")]
-    if errors:
-        return errors[0][:400]
-    return lines[-1].removeprefix("[!]").strip()[:400] if lines else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from bksdm_runtime.contract import Component
 from bksdm_runtime.engine import EngineError
 from bksdm_runtime.schedule import Schedule
 
@@ -32,3 +33,9 @@ def step_table(schedule: Schedule, backend: str) -> NDArray[np.float32]:
     rows[: evaluations - 1, 4] = schedule.timesteps[1:]
     rows[:evaluations, COLUMNS - PAST : COLUMNS - PAST + schedule.b.shape[1]] = schedule.b
     return rows
+
+
+def is_stepped(unet: Component) -> bool:
+    """Whether a device can take the steps: timesteps in float32, and output and input alike. Else the host does."""
+    dtypes = {spec.name: spec.dtype for spec in (*unet.inputs, *unet.outputs)}
+    return dtypes["timestep"] == "float32" and dtypes["sample"] == dtypes["out_sample"]

@@ -30,6 +30,7 @@ from onnx import helper
 from bksdm import checkpoint as checkpoints
 from bksdm_export import (
     build_cli,
+    builder_process,
     cli,
     engine_proof,
     fuse,
@@ -41,6 +42,7 @@ from bksdm_export import (
     to_onnx,
     to_tensorrt,
 )
+from bksdm_export.builder_process import Progress, build_apart
 from bksdm_export.errors import ExportError
 from bksdm_export.graph_types import check_types
 from bksdm_export.plan_builder import Job
@@ -48,7 +50,7 @@ from bksdm_export.precision import to_half
 from bksdm_export.profiles import Sizes, Span, profiles, sizes
 from bksdm_export.reference import Reference
 from bksdm_export.tensorrt_versions import Installed, Options
-from bksdm_export.to_tensorrt import BuildRequest, Progress, build_engines
+from bksdm_export.to_tensorrt import BuildRequest, build_engines
 from bksdm_export.verify import verify_component, verify_pictures
 from bksdm_export.wrappers import wrap
 from bksdm_runtime import bundle as bundles
@@ -360,7 +362,7 @@ def test_a_builder_that_dies_leaves_the_bundle_as_it_was(
 ) -> None:
     build_engines(BuildRequest(bundle, "tensorrt-rtx", ("8.9",), ("text_encoder",)))
     before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
-    monkeypatch.setattr(to_tensorrt, "_BUILDER", (sys.executable, "-c", script))
+    monkeypatch.setattr(builder_process, "BUILDER", (sys.executable, "-c", script))
     with pytest.raises(ExportError, match=why):
         build_engines(BuildRequest(bundle, "tensorrt-rtx", ("8.9",)))
     assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
@@ -372,7 +374,7 @@ def test_a_graph_that_tensorrt_cannot_read_is_said_in_its_words(bundle: Path, tm
     (tmp_path / "half.onnx").write_bytes(opened.component_path("text_encoder").read_bytes()[:5000])
     job = Job("tensorrt-rtx", str(tmp_path / "half.onnx"), str(tmp_path / "plan"), "8.9", key.profiles, Options())
     with pytest.raises(ExportError, match=r"text_encoder is not built \(starting\): (?!Traceback|.*crashed).*[Pp]arse"):
-        to_tensorrt._run(job, "text_encoder", tmp_path, lambda _: None)
+        build_apart(job, "text_encoder", tmp_path, lambda _: None)
 
 
 def test_what_tensorrt_refuses_is_said_in_its_own_words_and_not_polygraphys(tmp_path: Path) -> None:
@@ -388,7 +390,7 @@ def test_what_tensorrt_refuses_is_said_in_its_own_words_and_not_polygraphys(tmp_
         "tensorrt-rtx", str(tmp_path / "mixed.onnx"), str(tmp_path / "plan"), "8.9", ({"a": two, "b": two},), Options()
     )
     with pytest.raises(ExportError, match=r"text_encoder is not built .*(Half|Float|type)"):
-        to_tensorrt._run(job, "text_encoder", tmp_path, lambda _: None)
+        build_apart(job, "text_encoder", tmp_path, lambda _: None)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
@@ -460,7 +462,7 @@ def test_an_export_goes_on_to_engines(
     assert opened.manifest.precision == "fp16"
     assert len(plans.built(opened, "tensorrt-rtx")) == 4
 
-    monkeypatch.setattr(to_tensorrt, "_BUILDER", (sys.executable, "-c", "import os; os._exit(5)"))
+    monkeypatch.setattr(builder_process, "BUILDER", (sys.executable, "-c", "import os; os._exit(5)"))
     shutil.rmtree(output / "engines")
     assert cli.run([*flags, "--force"]) == 1
     assert f"exit code 5 (the bundle is whole: go on with bksdm-build {output})" in capsys.readouterr().err
@@ -565,7 +567,7 @@ def test_what_is_asked_of_a_builder_has_the_names_of_the_real_bindings(tmp_path:
         *("hardware_compatibility_level", "progress_monitor", "phase_start", "phase_finish", "step_complete"),
         *("create_timing_cache", "clear_flag", "set_preview_feature", "num_layers", "set_output_type"),
     )
-    missing = [name for name in names if b"\0" + name.encode() + b"\0" not in content and name.encode() not in content]
+    missing = [name for name in names if name.encode() not in content]
     assert not {*missing} - {"set_output_type"}  # which weakly typed networks alone had
     assert b"PROFILE_SHARING_0806" not in content  # 8.6's: later it is so without being asked
 
@@ -651,7 +653,7 @@ def test_full_size_tiny_builds_for_three_gpus(name: str, tmp_path: Path) -> None
     for sm in ("8.6", "8.9", "12.0"):
         plan = tmp_path / f"{sm}.plan"
         job = Job("tensorrt-rtx", str(tmp_path / "model.onnx"), str(plan), sm, shapes, Options())
-        peak = to_tensorrt._run(job, name, tmp_path, lambda _: None)
+        peak = build_apart(job, name, tmp_path, lambda _: None)
         assert weights < plan.stat().st_size < 1.5 * weights + 20e6
         assert peak < 8 * weights + 1e9
         plan.unlink()
@@ -700,6 +702,7 @@ def test_sizes_that_are_the_same_in_all_profiles_are_fixed_in_the_network() -> N
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
+# Their tolerances are those of fp16 on ONNX Runtime's CUDA provider with room to spare: none was measured here yet.
 
 
 def libraries_here() -> list[str]:

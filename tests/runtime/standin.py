@@ -18,14 +18,12 @@ import onnxruntime
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime import plans, step_table
 from bksdm_runtime.engine import EngineSettings
-from bksdm_runtime.pipeline import Pipeline, Step
 from bksdm_runtime.plans import EngineKey, Machine, Plan, Range
 from bksdm_runtime.request import Request
 
 HERE = Machine("tensorrt", "11.4.0.106", "8.9", "NVIDIA L4")
 ON_HOST = EngineSettings(backend="onnxruntime", threads=1)
 ON_PLANS = EngineSettings(backend="tensorrt", threads=1)
-PLAIN = Request("a red apple", "grey", seed=3, steps=6, guidance_scale=7.5, height=64, width=128)
 ROWS, SIDES = (1, 2, 8), (4, 8, 128)
 
 
@@ -464,15 +462,3 @@ def narrowed(profile: dict[str, Range], request: Request) -> dict[str, Range]:
         return Range(chosen, chosen, chosen)
 
     return {name: fixed(span.smallest) for name, span in profile.items()}
-
-
-def steps(pipeline: Pipeline, *requests: Request) -> list[tuple[float, np.ndarray]]:
-    return [(item.timestep, item.latents) for item in pipeline.generate(requests) if isinstance(item, Step)]
-
-
-def differ(one: Pipeline, other: Pipeline, *requests: Request) -> float:
-    """The most that latents differ after any step, over the largest of them."""
-    found, wanted = steps(one, *requests), steps(other, *requests)
-    assert [timestep for timestep, _ in found] == [timestep for timestep, _ in wanted]
-    pairs = list(zip(found, wanted, strict=True))
-    return max(float(np.abs(got - want).max() / np.abs(want).max()) for (_, got), (_, want) in pairs)

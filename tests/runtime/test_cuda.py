@@ -35,13 +35,13 @@ from bksdm_runtime.backends.ort import CPU
 from bksdm_runtime.engine import EngineError, EngineSettings, Sampler
 from bksdm_runtime.pipeline import Images, Pipeline, Step, sample
 from bksdm_runtime.request import Request
-from bksdm_runtime.schedule import SAMPLERS, make_schedule
+from bksdm_runtime.schedule import make_schedule
+from tests.runtime.trajectories import CACHED, CHANGES, PLAIN, differ, steps
 
 HERE = Place(CPU, "cpu", captures=False)
 open_component = cuda.open_component
 ONE = EngineSettings(backend="onnxruntime", threads=1)
 ON_BUFFERS = EngineSettings(backend="cuda", threads=1)
-PLAIN = Request("a red apple", "grey", seed=3, steps=6, guidance_scale=7.5, height=64, width=128)
 
 
 @pytest.fixture
@@ -50,32 +50,10 @@ def buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "open_component", partial(cuda.open_component, place=HERE))
 
 
-def steps(pipeline: Pipeline, *requests: Request) -> list[tuple[float, np.ndarray]]:
-    return [(item.timestep, item.latents) for item in pipeline.generate(requests) if isinstance(item, Step)]
-
-
-def differ(one: Pipeline, other: Pipeline, *requests: Request) -> float:
-    """The most that latents differ after any step, over the largest of them."""
-    found, wanted = steps(one, *requests), steps(other, *requests)
-    assert [timestep for timestep, _ in found] == [timestep for timestep, _ in wanted]
-    pairs = list(zip(found, wanted, strict=True))
-    return max(float(np.abs(got - want).max() / np.abs(want).max()) for (_, got), (_, want) in pairs)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_shipped_graphs_are_those_that_are_built(dtype: str) -> None:
     assert onnx.load(FOLDER / f"step_{dtype}.onnx") == build(dtype)
     assert (step_table.PAST, step_table.COLUMNS) == (step_graph.PAST, step_graph.COLUMNS)
-
-
-CHANGES: dict[str, dict[str, Any]] = {
-    **{sampler: {"sampler": sampler} for sampler in SAMPLERS},
-    "one step": {"steps": 1},
-    "pndm, 25 steps": {"steps": 25},
-    "unguided": {"guidance_scale": 1.0},
-    "guided in between": {"guidance_interval": (0.3, 0.8)},
-    "another size": {"height": 128, "width": 64},
-}
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
@@ -96,14 +74,6 @@ def test_a_batch_an_init_image_and_one_picture_after_another(toy_bundle: Path) -
     drawn = replace(PLAIN, init_image=picture, strength=0.5, sampler="dpmsolver++")
     for requests in (batch, [drawn], [PLAIN], [replace(PLAIN, steps=3)], batch):
         assert differ(device, host, *requests) < 2e-6  # measured: 3.3e-7 at most
-
-
-CACHED: dict[str, dict[str, Any]] = {
-    "cached, guided": {"cache_interval": 3},
-    "cached, guided at first": {"cache_interval": 2, "guidance_interval": (0.0, 0.5)},
-    "cached, guided at last": {"cache_interval": 3, "guidance_interval": (0.5, 1.0)},
-    "cached, unguided": {"cache_interval": 2, "guidance_scale": 1.0},
-}
 
 
 @pytest.mark.parametrize("changes", CACHED.values(), ids=CACHED)

@@ -28,11 +28,10 @@ from tests.runtime.standin import (
     HERE,
     ON_HOST,
     ON_PLANS,
-    PLAIN,
     Driver,
     build,
-    differ,
 )
+from tests.runtime.trajectories import PLAIN, differ
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ from bksdm_runtime.contract import DEEP, Component
 from bksdm_runtime.engine import Engine, EngineError, EngineSettings
 from bksdm_runtime.evaluations import Evaluation, plan_evaluations
 from bksdm_runtime.schedule import Schedule
+from bksdm_runtime.step_table import is_stepped
 from bksdm_runtime.tensors import run_error, to_caller, to_graph
 
 Array = NDArray[np.float32]
@@ -264,14 +265,8 @@ def open_component(bundle: Bundle, component: str, settings: EngineSettings, pla
         component, path, settings.backend, place.provider, session_options(threads_of(settings), bundle)
     )
     check_session(component, facts, session)
-    kind = CudaUNet if component == "unet" and _is_stepped(facts) else CudaEngine
+    kind = CudaUNet if component == "unet" and is_stepped(facts) else CudaEngine
     return kind(component, facts, session, place, settings, arithmetic)
-
-
-def _is_stepped(unet: Component) -> bool:
-    """Whether step_*.onnx fits: timesteps in float32, and output and input alike. Else it is stepped on the host."""
-    dtypes = {spec.name: spec.dtype for spec in (*unet.inputs, *unet.outputs)}
-    return dtypes["timestep"] == "float32" and dtypes["sample"] == dtypes["out_sample"]
 
 
 _PRELOADING = Lock()  # components are opened side by side, and redirect_stdout changes what all threads print to

@@ -22,7 +22,7 @@ from bksdm_runtime.engine import Engine, EngineError, EngineSettings
 from bksdm_runtime.evaluations import Evaluation, plan_evaluations
 from bksdm_runtime.plans import Machine
 from bksdm_runtime.schedule import Schedule
-from bksdm_runtime.step_table import step_table
+from bksdm_runtime.step_table import is_stepped, step_table
 from bksdm_runtime.tensors import check_tensors, run_error, to_caller, to_graph
 
 Array = NDArray[np.float32]
@@ -173,7 +173,7 @@ def open_plan(library: Any, bundle: Bundle, component: str, settings: EngineSett
             ("output", facts.outputs, library.TensorIOMode.OUTPUT),
         ):
             check_tensors(component, side, promised, specs(library, loaded.engine, mode), narrowed=True)
-        kind = PlanUNet if component == "unet" and _is_stepped(facts) else PlanEngine
+        kind = PlanUNet if component == "unet" and is_stepped(facts) else PlanEngine
         return kind(component, facts, loaded, settings, arithmetic)
     except BundleError as error:
         raise EngineError(str(error)) from error
@@ -182,9 +182,3 @@ def open_plan(library: Any, bundle: Bundle, component: str, settings: EngineSett
     except (DeviceError, TypeError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise EngineError(f"backend {settings.backend!r} does not start: {reason}") from error
-
-
-def _is_stepped(unet: Component) -> bool:
-    """Whether step.cu fits: timesteps in float32, and output and input alike. Else it is stepped on the host."""
-    dtypes = {spec.name: spec.dtype for spec in (*unet.inputs, *unet.outputs)}
-    return dtypes["timestep"] == "float32" and dtypes["sample"] == dtypes["out_sample"]
