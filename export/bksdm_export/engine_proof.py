@@ -19,7 +19,7 @@ from bksdm_runtime.plans import Plan, Profile
 Array = NDArray[np.float32]  # as every floating-point output of an engine is
 
 # The largest difference as a part of the largest value. Not measured with TensorRT: ONNX Runtime's CUDA provider
-# differed by 2.9e-3 (tiny's U-Net, 512 px, tests/export/test_fuse.py). What is wrong is NaN, or differs by all there is.
+# differed by 2.9e-3 (tiny's U-Net, 512 px, tests/export/test_fuse.py). What is wrong is NaN or off by far.
 ACCEPTED = 0.05
 _LOWEST_VOCABULARY = 1000  # token ids that every tokenizer has
 
