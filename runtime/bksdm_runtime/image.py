@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ class Provenance:
     batch_size, batch_index, threads: a backend may round differently in another batch or on another number of threads,
     so they belong to what makes the same picture again bit for bit.
     arithmetic: see engine.Engine; "auto" in a picture of before it was kept, which ONNX Runtime made in its only one.
+    token_downsampling: the bundle's, see manifest.Manifest.
     """
 
     bundle: str
@@ -46,6 +48,7 @@ class Provenance:
     threads: int = 1
     arithmetic: str = "auto"
     init_image: str = ""
+    token_downsampling: int = 1
 
 
 def to_uint8(decoded: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -127,6 +130,8 @@ def read_request(path: Path) -> tuple[Request, Provenance]:
         texts = {str(name): str(text) for name, text in information.items() if isinstance(text, str)}
     if not texts.get("Software", "").startswith("bksdm ") or "bundle" not in texts:
         raise ImageError(f"{path} does not say how it was made: only a PNG written by bksdm-run does")
+    if "latents_sha256" in texts:
+        raise ImageError(f"{path} was drawn from latents that its maker gave, which it does not hold")
     try:
         request = Request(
             prompt=texts["prompt"],
@@ -155,6 +160,7 @@ def read_request(path: Path) -> tuple[Request, Provenance]:
             threads=int(texts["threads"]),
             arithmetic=texts.get("arithmetic", "auto"),
             init_image=texts.get("init_image_sha256", ""),
+            token_downsampling=int(texts.get("token_downsampling", "1")),
         )
         if provenance.arithmetic not in ("auto", "f32", "bf16", "f16"):
             raise ValueError(f"arithmetic {ascii(provenance.arithmetic)[:20]} is unknown")
@@ -198,8 +204,12 @@ def _texts(request: Request, provenance: Provenance, height: int, width: int) ->
         "arithmetic": provenance.arithmetic,
         "Software": f"bksdm {provenance.version}",
     }
+    if provenance.token_downsampling > 1:
+        texts["token_downsampling"] = str(provenance.token_downsampling)
     if request.vae_tile is not None:
         texts["vae_tile"] = str(request.vae_tile)
+    if request.latents is not None:
+        texts["latents_sha256"] = hashlib.sha256(np.ascontiguousarray(request.latents).data).hexdigest()
     if isinstance(request.init_image, Path):
         texts["init_image"] = str(request.init_image)
         texts["init_image_sha256"] = provenance.init_image
@@ -225,6 +235,8 @@ def _parameters(request: Request, provenance: Provenance, height: int, width: in
         settings["Guidance interval"] = "{:g}-{:g}".format(*request.guidance_interval)
     if request.cache_interval > 1:
         settings["Cache interval"] = str(request.cache_interval)
+    if provenance.token_downsampling > 1:
+        settings["Token downsampling"] = str(provenance.token_downsampling)
     if request.vae_tile is not None:
         settings["VAE tile"] = str(request.vae_tile)
     settings["Version"] = f"bksdm {provenance.version}"

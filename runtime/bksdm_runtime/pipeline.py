@@ -36,7 +36,7 @@ from bksdm_runtime.evaluations import Evaluation, plan_evaluations
 from bksdm_runtime.image import from_image, open_image, to_rgb, to_uint8
 from bksdm_runtime.noise import Generator as NoiseGenerator
 from bksdm_runtime.noise import open_generator
-from bksdm_runtime.request import Request, RequestError, check_size, check_tile
+from bksdm_runtime.request import Request, RequestError, check_latents, check_size, check_tile
 from bksdm_runtime.schedule import Schedule
 from bksdm_runtime.tiles import decode_tiles
 from bksdm_runtime.tokenizer import Tokenizer
@@ -174,6 +174,9 @@ def _resolve(bundle: Bundle, request: Request) -> Request:
         raise RequestError(
             "this bundle has no shallow U-Net, so no steps can be cached: export it again with --step-cache"
         )
+    if request.latents is not None:
+        h, w = height // model.vae_scale_factor, width // model.vae_scale_factor
+        check_latents(request.latents, (model.latent_channels, h, w))
     guidance = model.guidance_scale if request.guidance_scale is None else request.guidance_scale
     return replace(request, height=height, width=width, guidance_scale=guidance)
 
@@ -363,7 +366,9 @@ class Pipeline:
                 image = request.init_image
                 picture = pictures[image] if isinstance(image, Path) else image
                 clean.append(self.encode_image(picture, batch.height, batch.width, generator))
-            noise.append(generator.randn(demands.latent_shape(batch, self.bundle.manifest.model)))
+            given = request.latents
+            shape = demands.latent_shape(batch, self.bundle.manifest.model)
+            noise.append(generator.randn(shape) if given is None else given)
         return np.stack(clean) if clean else None, np.stack(noise)
 
 

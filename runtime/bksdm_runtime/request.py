@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bksdm_runtime.schedule import SAMPLERS
 from bksdm_runtime.tiles import OVERLAP
@@ -35,6 +38,7 @@ class Request:
     noise: "cpu" or "cuda", whose torch generator the seed belongs to.
     guidance_interval, cache_interval: work that may be saved, see evaluations.plan_evaluations; by default none is.
     vae_tile: side of the tiles, in pixels, that the picture is decoded in (see tiles), or None for all at once.
+    latents: noise of unit variance to start from instead of the seed's, [C, h, w] float32, as diffusers' `latents`.
     """
 
     prompt: str
@@ -51,6 +55,7 @@ class Request:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     cache_interval: int = 1
     vae_tile: int | None = None
+    latents: NDArray[np.float32] | None = field(default=None, compare=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,6 +94,8 @@ class Request:
                 "guidance_scale 1 is how to do without"
             )
         _check_integer("cache_interval", self.cache_interval, 1, 1000)
+        if self.latents is not None:
+            _check_latents(self.latents)
         if self.vae_tile is not None:
             _check_integer("vae_tile", self.vae_tile, 1, MAX_SIDE)
 
@@ -111,6 +118,19 @@ def check_tile(pixels: int, multiple: int, factor: int) -> None:
     least = (2 * OVERLAP + 1) * factor
     if pixels < least:
         raise RequestError(f"vae_tile {pixels} is too small: its neighbours overlap it, so it must be {least} or more")
+
+
+def check_latents(latents: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+    """Refuse latents of another shape than the picture's. Raises RequestError."""
+    if latents.shape != shape:
+        raise RequestError(f"latents must be {list(shape)} for this picture, found {list(latents.shape)}")
+
+
+def _check_latents(latents: object) -> None:
+    if not isinstance(latents, np.ndarray) or cast("NDArray[np.generic]", latents).dtype != np.float32:
+        raise RequestError("latents must be an array of float32")
+    if not np.isfinite(cast("NDArray[np.float32]", latents)).all():
+        raise RequestError("latents hold NaN or infinity")
 
 
 def _check_text(name: str, text: object) -> None:
