@@ -109,6 +109,20 @@ MODELS: Mapping[str, Model] = {
             "{output}",
         ),
     ),
+    "bundle-by-2": Model(
+        CURRENT,
+        (
+            *("{python}", "-c", _EXPORT, "--weights", "{checkpoint}", "--storage", "fp16"),
+            *("--step-cache", "--token-downsampling", "2", "-o", "{output}"),
+        ),
+    ),
+    "bundle-int8-by-2": Model(
+        CURRENT,
+        (
+            *("{python}", "-c", _EXPORT, "--weights", "{checkpoint}", "--precision", "int8"),
+            *("--step-cache", "--token-downsampling", "2", "-o", "{output}"),
+        ),
+    ),
     "openvino-ours-int8": Model(
         "genai",
         ("{python}", "-c", _OURS_FOR_GENAI, "{openvino-fp16}", "{bundle-int8}", "{output}"),
@@ -174,6 +188,24 @@ ROWS: tuple[Row, ...] = (
         exact=False,
         aim=2.0,
     ),
+    Row(
+        "ours, OpenVINO bf16, tokens by 2",
+        "ours",
+        CURRENT,
+        "bundle-by-2",
+        {"backend": "openvino", "arithmetic": "bf16"},
+        "bf16",
+        exact=False,
+    ),
+    Row(
+        "ours, OpenVINO bf16, tokens by 2, every 3rd step whole",
+        "ours",
+        CURRENT,
+        "bundle-by-2",
+        {"backend": "openvino", "arithmetic": "bf16", "saved": {"cache_interval": 3}},
+        "bf16",
+        exact=False,
+    ),
     Row("diffusers fp32", "diffusers", "diffusers", CHECKPOINT, {"dtype": "float32"}),
     Row(
         "diffusers bf16, channels last",
@@ -220,6 +252,15 @@ ROWS: tuple[Row, ...] = (
         "bf16",
         exact=False,
         aim=3.0,
+    ),
+    Row(
+        "ours, OpenVINO int8, rest bf16, tokens by 2, every 3rd step whole",
+        "ours",
+        CURRENT,
+        "bundle-int8-by-2",
+        {"backend": "openvino", "arithmetic": "bf16", "saved": {"cache_interval": 3}},
+        "bf16",
+        exact=False,
     ),
     Row("OpenVINO GenAI f32", "genai", "genai", "openvino-fp16", {"precision": "f32"}),
     Row("OpenVINO GenAI bf16", "genai", "genai", "openvino-fp16", {"precision": "bf16"}, "bf16"),

@@ -1,7 +1,9 @@
 """What the shortcuts of sampling cost in quality: pictures with each against exact ones of the same noise.
 
     bksdm-export --weights demo --storage fp16 --step-cache -o out/demo-cached
-    python benchmarks/shortcuts.py run --bundle out/demo-cached --captions data/emoji/train/metadata.jsonl
+    bksdm-export --weights demo --storage fp16 --step-cache --token-downsampling 2 -o out/demo-by-2
+    python benchmarks/shortcuts.py run --bundle out/demo-cached --downsampled out/demo-by-2 \
+        --captions data/emoji/train/metadata.jsonl
     python benchmarks/shortcuts.py table
 
 `run` draws every caption exactly and with each shortcut, interleaved, and writes docs/shortcuts.json: PSNR and LPIPS
@@ -16,6 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -47,7 +50,19 @@ SHORTCUTS: Mapping[str, Mapping[str, Any]] = {
     "--guidance-interval 0.2 0.8": {"guidance_interval": (0.2, 0.8)},
     "--cache-interval 3 --guidance-interval 0 0.8": {"cache_interval": 3, "guidance_interval": (0.0, 0.8)},
 }
+DOWNSAMPLED = ({}, {"cache_interval": 3})  # what a bundle with fewer tokens is drawn with
 SHOWN = 6  # pictures in a row of the grid
+
+
+@dataclass
+class Shortcut:
+    """One row: how it is asked for, and what it gave beside the exact pictures."""
+
+    name: str
+    pipeline: Pipeline
+    saved: Mapping[str, Any]
+    pictures: list[NDArray[np.uint8]] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="draw, compare and write the scores")
     run.add_argument("--bundle", type=Path, required=True, help="exported with --step-cache")
+    run.add_argument("--downsampled", type=Path, nargs="*", default=[], help="others, with --token-downsampling too")
     run.add_argument("--captions", type=Path, required=True, help="metadata.jsonl with a text in every line")
     run.add_argument("--count", type=int, default=64, help="captions, evenly spread")
     run.add_argument("--steps", type=int, default=25)
@@ -77,21 +93,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     """Every caption with every shortcut against the exact picture of the same noise."""
     bundle = bundles.load(chosen.bundle)
-    pipeline = Pipeline.open(bundle, EngineSettings(chosen.backend, threads=chosen.threads))
+    settings = EngineSettings(chosen.backend, threads=chosen.threads)
+    pipeline = Pipeline.open(bundle, settings)
+    rows = [Shortcut(name, pipeline, saved) for name, saved in SHORTCUTS.items()]
+    for folder in chosen.downsampled:
+        other = Pipeline.open(folder, settings)
+        flag = f"--token-downsampling {other.bundle.manifest.token_downsampling}"
+        rows += [Shortcut(" ".join([flag, *_flags(saved)]), other, saved) for saved in DOWNSAMPLED]
     captions = _captions(chosen.captions, chosen.count)
-    ratios: dict[str, list[float]] = {name: [] for name in SHORTCUTS}
-    shown: dict[str, list[NDArray[np.uint8]]] = {"exact": [], **{name: [] for name in SHORTCUTS}}
+    exact: list[NDArray[np.uint8]] = []
     for seed, caption in enumerate(tqdm(captions, disable=None, desc="captions")):
-        exact_request = Request(caption, seed=seed, steps=chosen.steps, sampler=chosen.sampler)
-        exact, seconds = _draw(pipeline, exact_request)
-        shown["exact"].append(exact)
-        for name, saved in SHORTCUTS.items():
-            request = Request(caption, seed=seed, steps=chosen.steps, sampler=chosen.sampler, **saved)
-            picture, shorter = _draw(pipeline, request)
-            shown[name].append(picture)
-            ratios[name].append(seconds / shorter)
-    alike = {name: judge(pipeline.backend, list(zip(shown[name], shown["exact"], strict=True))) for name in SHORTCUTS}
-    _grid({name: pictures[:SHOWN] for name, pictures in shown.items()}).save(chosen.grid)
+        plain = {"seed": seed, "steps": chosen.steps, "sampler": chosen.sampler}
+        picture, seconds = _draw(pipeline, Request(caption, **plain))
+        exact.append(picture)
+        for row in rows:
+            picture, shorter = _draw(row.pipeline, Request(caption, **plain, **row.saved))
+            row.pictures.append(picture)
+            row.ratios.append(seconds / shorter)
+    _grid([one[:SHOWN] for one in (exact, *(row.pictures for row in rows))]).save(chosen.grid)
     evaluations = len(make_schedule(bundle.scheduler_config, steps=chosen.steps, sampler=chosen.sampler).timesteps)
     return {
         "bundle": bundle.sha256,
@@ -104,16 +123,18 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         "sampler": chosen.sampler,
         "guidance": bundle.manifest.model.guidance_scale,
         "size": [bundle.manifest.model.height, bundle.manifest.model.width],
-        "shortcuts": {
-            name: {
-                "psnr": alike[name].psnr,
-                "lpips": alike[name].lpips,
-                "ratio": ratios[name],
-                "halves": _halves(evaluations, saved),
-            }
-            for name, saved in SHORTCUTS.items()
-        },
+        "shortcuts": {row.name: _figures(row, exact, evaluations) for row in rows},
     }
+
+
+def _figures(row: Shortcut, exact: Sequence[NDArray[np.uint8]], evaluations: int) -> dict[str, Any]:
+    alike = judge(row.pipeline.backend, list(zip(row.pictures, exact, strict=True)))
+    halves = _halves(evaluations, row.saved)
+    return {"psnr": alike.psnr, "lpips": alike.lpips, "ratio": row.ratios, "halves": halves}
+
+
+def _flags(saved: Mapping[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')} {value}" for name, value in saved.items()]
 
 
 def with_table(page: str, scores: Mapping[str, Any]) -> str:
@@ -160,9 +181,9 @@ def _halves(evaluations: int, saved: Mapping[str, Any]) -> float:
     return sum(1 + one.guided for one in planned if one.full) / (2 * evaluations)
 
 
-def _grid(rows: Mapping[str, Sequence[NDArray[np.uint8]]]) -> Image.Image:
+def _grid(rows: Sequence[Sequence[NDArray[np.uint8]]]) -> Image.Image:
     """One row for each, in the table's order, the exact ones on top."""
-    return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows.values()]))
+    return Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
 
 
 if __name__ == "__main__":

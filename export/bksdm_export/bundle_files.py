@@ -66,6 +66,7 @@ def manifest(
     *,
     precision: str,
     storage: str,
+    token_downsampling: int = 1,
 ) -> Manifest:
     """A manifest that lists no file yet and proves nothing yet."""
     return Manifest(
@@ -79,6 +80,7 @@ def manifest(
         parity={},
         licence=bundles.Licence(licence.name, LICENCE_FILE),
         tools=tools,
+        token_downsampling=token_downsampling,
     )
 
 

@@ -14,7 +14,7 @@ import click
 from bksdm.variants import VARIANTS
 from bksdm_export.build_cli import shown
 from bksdm_export.build_cli import table as engines_table
-from bksdm_export.graphs import DEPTHS, INT8_ERROR, PRECISIONS, STORAGES
+from bksdm_export.graphs import DEPTHS, INT8_ERROR, LARGEST_DOWNSAMPLING, PRECISIONS, STORAGES
 from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-export"
@@ -74,6 +74,13 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 )
 @click.option("--step-cache", is_flag=True, help="Write what bksdm-run --cache-interval needs, too.")
 @click.option(
+    "--token-downsampling",
+    type=click.IntRange(1, LARGEST_DOWNSAMPLING),
+    default=1,
+    metavar="N",
+    help="Let the outermost self-attentions see every N-th token only: faster, not exact.  [default: 1, all of them]",
+)
+@click.option(
     "--target",
     type=click.Choice(TARGETS),
     default="onnx",
@@ -112,6 +119,7 @@ def command(
     storage: str | None,
     int8_error: float | None,
     step_cache: bool,
+    token_downsampling: int,
     target: str,
     depth: str,
     output: Path | None,
@@ -187,6 +195,7 @@ def command(
             storage=storage,
             int8_error=int8_error,
             step_cache=step_cache,
+            token_downsampling=token_downsampling,
         )
     try:
         if target == "tensorrt":
@@ -205,6 +214,7 @@ def command(
             storage=storage,
             int8_error=INT8_ERROR if int8_error is None else int8_error,
             step_cache=step_cache,
+            token_downsampling=token_downsampling,
             depth=depth,
             force=force,
         )
@@ -240,6 +250,7 @@ def default_output(
     storage: str | None = None,
     int8_error: float | None = None,
     step_cache: bool = False,
+    token_downsampling: int = 1,
 ) -> Path:
     """out/ and the model's own name, with all that was asked of it and makes it another model.
 
@@ -268,6 +279,8 @@ def default_output(
         name += f"-stored-{storage}"
     if step_cache:
         name += "-step-cache"
+    if token_downsampling > 1:
+        name += f"-tokens-by-{token_downsampling}"
     return Path("out") / name
 
 

@@ -22,6 +22,7 @@ IN_INT8 = ("unet", "unet_shallow", "vae_decoder")
 # What it may change in a U-Net's output: root mean square of the error over that of the output. Later steps correct
 # much of that and nothing corrects the decoder's, which may change by this share of it (docs/cpu.md).
 INT8_ERROR, INT8_DECODER_SHARE = 0.07, 1 / 14
+LARGEST_DOWNSAMPLING = 8  # of the demo's 256 tokens it leaves 4
 DEPTHS = ("quick", "full")  # of the verification; see reference.plan
 DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "int8": "float32"}
 

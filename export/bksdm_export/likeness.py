@@ -1,6 +1,8 @@
-"""How like PyTorch's own pictures an int8 bundle's are, on each backend: PSNR for the pixels, LPIPS for the eye.
+"""How like PyTorch's exact pictures those of an approximate bundle are, on each backend: PSNR for the pixels, LPIPS
+for the eye.
 
-Element by element int8 is far from fp32 and means little: a later step of the sampler corrects what an earlier missed.
+Element by element int8 is far from fp32, and a downsampled attention from a whole one, and it means little: a later
+step of the sampler corrects what an earlier missed.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Likeness:
     def failures(self) -> list[str]:
         """What is past its bound, one sentence each."""
         psnr, lpips = float(np.mean(self.psnr)), float(np.mean(self.lpips))
-        on = f"int8 pictures on {self.backend} are too far from fp32's:"
+        on = f"pictures on {self.backend} are too far from PyTorch's exact ones:"
         found: list[str] = []
         if not psnr >= PSNR_BOUND:
             found.append(f"{on} {psnr:.1f} dB PSNR on average (accepted {PSNR_BOUND:g} or more)")
@@ -54,7 +56,7 @@ def judge(backend: str, pairs: Sequence[tuple[NDArray[np.uint8] | None, NDArray[
     try:
         distance = Lpips()
     except PackageError as error:
-        raise ExportError(f"int8 is judged by LPIPS, whose weights are missing: {error}") from error
+        raise ExportError(f"its pictures are judged by LPIPS, whose weights are missing: {error}") from error
     psnr: list[float] = []
     lpips: list[float] = []
     for found, expected in pairs:

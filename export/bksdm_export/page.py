@@ -151,7 +151,8 @@ def _likeness(figures: Figures) -> str:
     if not rows:
         return ""
     head = ("backend", "PSNR, dB", "worst", "at least", "LPIPS", "worst", "at most")
-    return '<h2>int8 against fp32</h2><p class="soft">Of the pictures below, on average.</p>' + _table(head, rows)
+    said = "Of the pictures below, on average, against PyTorch's in fp32 with whole attention."
+    return f'<h2>Against exact pictures</h2><p class="soft">{said}</p>' + _table(head, rows)
 
 
 def _rounding(figures: Figures) -> str:

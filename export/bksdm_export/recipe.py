@@ -16,7 +16,7 @@ from bksdm_export import bundle_files, fuse, graphs, memory, report, to_onnx
 from bksdm_export.divergence import Divergence, first_divergence
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_space, resolve, whole_or_nothing
-from bksdm_export.graphs import DEPTHS, IN_INT8, INT8_DECODER_SHARE, INT8_ERROR, PRECISIONS
+from bksdm_export.graphs import DEPTHS, IN_INT8, INT8_DECODER_SHARE, INT8_ERROR, LARGEST_DOWNSAMPLING, PRECISIONS
 from bksdm_export.likeness import Likeness
 from bksdm_export.precision import (
     ERROR_LIMIT,
@@ -40,6 +40,7 @@ from bksdm_export.reference import (
 )
 from bksdm_export.report import GraphFacts
 from bksdm_export.storage import round_weights, store
+from bksdm_export.token_downsampling import downsample_tokens
 from bksdm_export.verify import (
     CUDA,
     TOLERANCES,
@@ -68,6 +69,7 @@ class ExportRequest:
     loras: files with the scale of each, merged in this order; lora_partial: as bksdm.lora.merge takes it.
     precision: of the graphs' arithmetic; storage: of the weights on disk, None for that of the arithmetic.
     step_cache: the U-Net gives its deep features, and a shallow one that takes them lies beside it.
+    token_downsampling: keys and values of the outermost self-attentions come from every so many-th token; 1 is exact.
     int8_error: what int8 may change in the U-Net's output, see quantise; layers stay fp32 to keep to it. The decoder
     keeps to INT8_DECODER_SHARE of it.
     depth: of the verification, one of DEPTHS. force: replace an older bundle at `output`; of a link, the one that it
@@ -86,6 +88,7 @@ class ExportRequest:
     precision: str = "fp32"
     storage: str | None = None
     step_cache: bool = False
+    token_downsampling: int = 1
     int8_error: float = INT8_ERROR
     depth: str = "quick"
     force: bool = False
@@ -100,6 +103,10 @@ class ExportRequest:
                 raise ExportError(f"there is no {name} {found!r}: choose from {', '.join(choices)}")
         if not self.int8_error > 0:
             raise ExportError(f"an int8 error of {self.int8_error:g} cannot be kept to: take one above 0")
+        if not 1 <= self.token_downsampling <= LARGEST_DOWNSAMPLING:
+            raise ExportError(
+                f"token downsampling is by 1 (none) to {LARGEST_DOWNSAMPLING}, not by {self.token_downsampling}"
+            )
         precision, storage = self.kind
         if self.kind not in TOLERANCES:
             choices = ", ".join(f"{p} stored as {s}" for p, s in TOLERANCES)
@@ -127,13 +134,19 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
         checkpoint = load(request)
         check_space(target.parent, bundle_files.expected_bytes(checkpoint, storage))
         facts = graphs.model_facts(checkpoint)
-        pictures = plan(facts, request.depth, choose_sampler(checkpoint.scheduler_config), more=precision == "int8")
+        approximate = precision == "int8" or request.token_downsampling > 1
+        pictures = plan(facts, request.depth, choose_sampler(checkpoint.scheduler_config), more=approximate)
 
         unrounded = None
         if storage != precision:
             progress(f"PyTorch draws a picture before the weights are rounded to {storage}")
             unrounded = draw(checkpoint, facts, pictures[0])
             _round(checkpoint, storage)
+        exact: tuple[Picture, ...] = ()
+        if request.token_downsampling > 1:
+            progress(f"PyTorch draws {len(pictures)} pictures with whole attention, to judge by")
+            exact = tuple(draw(checkpoint, facts, picture) for picture in pictures)
+            _downsample(checkpoint, request.token_downsampling)
         reference = make_reference(
             checkpoint,
             facts,
@@ -142,6 +155,7 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
             features=request.step_cache,
             kept=KEPT_FOR_INT8 if precision == "int8" else KEPT,
         )
+        exact = exact or reference.pictures
 
         bundle_files.write_all_but_graphs(checkpoint, folder)
         verify_tokenizer(checkpoint.tokenizer, folder / bundles.TOKENIZER_FOLDER)
@@ -165,10 +179,18 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
             memory.give_back()  # an exported program is a ring of references
 
         unproven = bundle_files.manifest(
-            variant, source, licence, facts, components, tools, precision=precision, storage=storage
+            variant,
+            source,
+            licence,
+            facts,
+            components,
+            tools,
+            precision=precision,
+            storage=storage,
+            token_downsampling=request.token_downsampling,
         )
         bundle = Bundle(folder, unproven, json.loads((folder / bundles.SCHEDULER_CONFIG).read_text()), sha256="")
-        parity = _compare(bundle, reference, unrounded, progress)
+        parity = _compare(bundle, reference, exact, unrounded, progress)
         page = target.with_name(target.name + ".failed.html")
         if failures := parity.failures():
             report.write_failure(page, parity, exported, unproven, "; ".join(failures))
@@ -231,9 +253,13 @@ def export_graph(
 
 
 def _advice(request: ExportRequest, parity: Parity) -> list[str]:
-    if not any(one.failures() for one in parity.likenesses):
-        return []
-    return [f"an --int8-error below {request.int8_error:g} leaves more layers in fp32"]
+    advice: list[str] = []
+    if any(one.failures() for one in parity.likenesses):
+        if request.precision == "int8":
+            advice.append(f"an --int8-error below {request.int8_error:g} leaves more layers in fp32")
+        if request.token_downsampling > 1:
+            advice.append(f"a --token-downsampling below {request.token_downsampling} leaves more tokens to attend to")
+    return advice
 
 
 def load(request: ExportRequest) -> Checkpoint:
@@ -256,10 +282,22 @@ def _round(checkpoint: Checkpoint, storage: str) -> None:
         round_weights(model, storage)
 
 
+def _downsample(checkpoint: Checkpoint, factor: int) -> None:
+    if factor > 1 and not downsample_tokens(checkpoint.unet, factor):
+        raise ExportError("the model's outermost stages have no self-attention: leave out --token-downsampling")
+
+
 def _compare(
-    bundle: Bundle, reference: Reference, unrounded: Picture | None, progress: Callable[[str], None]
+    bundle: Bundle,
+    reference: Reference,
+    exact: Sequence[Picture],
+    unrounded: Picture | None,
+    progress: Callable[[str], None],
 ) -> Parity:
-    """Every graph and every picture against PyTorch. unrounded: PyTorch's first picture before rounding, if any."""
+    """Every graph and every picture against PyTorch.
+
+    exact: its pictures without approximation; unrounded: its first one before rounding, if any.
+    """
     compared = {}
     fused: dict[str, tuple[Comparison, ...]] = {}
     on_a_gpu = bundle.manifest.precision == "fp16" and _cuda_starts(bundle)
@@ -274,12 +312,12 @@ def _compare(
     pictures = verify_pictures(bundle, reference)
     rounding = None
     if unrounded is not None:
-        mean = compare_picture(unrounded, reference_pixels(reference.pictures[0])).mean
+        mean = compare_picture(unrounded, reference_pixels(exact[0])).mean
         rounding = Rounding(bundle.manifest.storage, mean)
     likenesses: tuple[Likeness, ...] = ()
-    if bundle.manifest.precision == "int8":
+    if bundle.manifest.precision == "int8" or bundle.manifest.token_downsampling > 1:
         progress("judging the pictures by PSNR and LPIPS")
-        likenesses = judge_pictures(bundle, reference, pictures)
+        likenesses = judge_pictures(bundle, reference, pictures, exact)
     tolerance = TOLERANCES[bundle.manifest.precision, bundle.manifest.storage]
     return Parity(tolerance, compared, pictures, rounding, likenesses, fused)
 
@@ -328,6 +366,7 @@ def _search(request: ExportRequest, bundle: Bundle, name: str, case: Case, accep
     checkpoint = load(request)
     if bundle.manifest.storage != bundle.manifest.precision:
         _round(checkpoint, bundle.manifest.storage)
+    _downsample(checkpoint, request.token_downsampling)
     component = graphs.components(bundle.manifest.model, "fp32", deep=graphs.deep_channels(checkpoint))[name]
     module = wrap(checkpoint, name, features=request.step_cache)
     for one in samples(case):  # one at a time: the traced program takes a single timestep

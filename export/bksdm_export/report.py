@@ -147,9 +147,9 @@ def table(folder: Path) -> str:
     for one in figures.get("likeness", ()):
         psnr, lpips = one["psnr"], one["lpips"]
         lines.append(
-            f"int8 on {one['backend']}: {psnr['mean']:.1f} dB PSNR on average (accepted {psnr['bound']:g} or more), "
-            f"worst {psnr['worst']:.1f}; {lpips['mean']:.3f} LPIPS (accepted {lpips['bound']:g} or less), "
-            f"worst {lpips['worst']:.3f}"
+            f"{one['backend']} against exact pictures: {psnr['mean']:.1f} dB PSNR, worst {psnr['worst']:.1f} "
+            f"(accepted {psnr['bound']:g} or more); {lpips['mean']:.3f} LPIPS, worst {lpips['worst']:.3f} "
+            f"(accepted {lpips['bound']:g} or less)"
         )
     kept = {name: len(graph["sensitive"]) for name, graph in figures["components"].items() if graph["sensitive"]}
     if kept:

@@ -104,7 +104,7 @@ class Parity:
 
     fused: the graphs in ONNX Runtime's own operators, by component; empty where there is no GPU to run them.
     rounding: None where no weights are rounded.
-    likenesses: of an int8 bundle's pictures, on each backend.
+    likenesses: of the pictures of an approximate bundle (int8, tokens downsampled), on each backend.
     """
 
     tolerance: Tolerance
@@ -223,17 +223,20 @@ def verify_pictures(
     return tuple(compare_picture(picture, drawn.get(i), note) for i, picture in enumerate(reference.pictures))
 
 
-def judge_pictures(bundle: Bundle, reference: Reference, on_ort: Sequence[PictureComparison]) -> tuple[Likeness, ...]:
-    """An int8 bundle's pictures on ONNX Runtime, and on OpenVINO where it is installed. Raises ExportError.
+def judge_pictures(
+    bundle: Bundle, reference: Reference, on_ort: Sequence[PictureComparison], exact: Sequence[Picture]
+) -> tuple[Likeness, ...]:
+    """An approximate bundle's pictures on ONNX Runtime, and on OpenVINO where it is installed. Raises ExportError.
 
-    OpenVINO multiplies what is not int8 in f32, though a processor may have bf16: the bound is int8's.
+    exact: PyTorch's pictures of the reference's requests, without any approximation. OpenVINO multiplies what is not
+    int8 in f32, though a processor may have bf16: the bound is of the approximation.
     """
     drawn = {ORT.backend: on_ort}
     if importlib.util.find_spec("openvino") is not None:
         settings = EngineSettings(backend="openvino", arithmetic="f32")
         drawn[settings.backend] = verify_pictures(bundle, reference, settings)
     return tuple(
-        judge(backend, [(one.pixels, reference_pixels(one.picture)) for one in pictures])
+        judge(backend, [(one.pixels, reference_pixels(its)) for one, its in zip(pictures, exact, strict=True)])
         for backend, pictures in drawn.items()
     )
 

@@ -43,6 +43,8 @@ class Manifest:
 
     precision: dtype of the graphs' arithmetic, fp32, fp16 or int8 (most layers of U-Net and VAE decoder, fp32 the
     rest); storage: dtype of the stored weights, likewise.
+    token_downsampling: in the U-Net's outermost stages every so many-th token in both directions has keys and values,
+    1: all have, which alone is exact.
     parity: what was compared with PyTorch, free-form; tools: name -> version of what made the bundle.
     """
 
@@ -56,6 +58,7 @@ class Manifest:
     parity: Mapping[str, object]
     licence: Licence
     tools: Mapping[str, str]
+    token_downsampling: int = 1
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -128,6 +131,8 @@ def _manifest(fields: Fields) -> Manifest:
         parity=fields.mapping("parity"),
         licence=Licence(licence.text("name"), check_path(licence.text("file"))),
         tools=fields.texts("tools"),
+        # Older bundles do not say, and have all.
+        token_downsampling=fields.integer("token_downsampling", 1, 64) if "token_downsampling" in fields else 1,
         schema_version=version,
     )
 

@@ -17,6 +17,7 @@ from bksdm_runtime import bundle as bundles
 from bksdm_runtime.bundle import BundleError
 from bksdm_runtime.engine import EngineError, EngineSettings
 from bksdm_runtime.image import ImageError, Provenance, read_request, save_png
+from bksdm_runtime.manifest import Manifest
 from bksdm_runtime.naming import NamingError, targets
 from bksdm_runtime.pipeline import Images, Pipeline, Step, check
 from bksdm_runtime.request import Request, RequestError
@@ -118,7 +119,7 @@ def make(order: Order) -> Generator[Path, None, None]:
         _refuse_unwritable(folder_of_pictures)
     pipeline = Pipeline.open(bundle, order.settings)
     _say_what_runs(folder, pipeline)
-    log.info("%s", how_exact(order.requests[0]))
+    log.info("%s", how_exact(order.requests[0], bundle.manifest))
     hashes = _init_image_hashes(order.requests)
     for folder_of_pictures in folders:
         _make_folder(folder_of_pictures)
@@ -150,9 +151,11 @@ def make(order: Order) -> Generator[Path, None, None]:
             bar.close()
 
 
-def how_exact(request: Request) -> str:
-    """Whether a request asks for less than exact sampling, in words."""
+def how_exact(request: Request, manifest: Manifest) -> str:
+    """Whether a request asks for less than exact sampling, or the bundle's U-Net is less than exact, in words."""
     saved: list[str] = []
+    if manifest.token_downsampling > 1:
+        saved.append(f"the outermost self-attentions see one token of {manifest.token_downsampling**2}")
     if request.cache_interval > 1:
         saved.append(f"the whole U-Net every {request.cache_interval} steps only")
     if request.guidance_interval != Request.guidance_interval:
@@ -219,6 +222,7 @@ def _save(path: Path, item: Images, pipeline: Pipeline, hashes: Mapping[Path, st
         threads=pipeline.threads,
         arithmetic=pipeline.arithmetic,
         init_image=hashes[request.init_image] if isinstance(request.init_image, Path) else "",
+        token_downsampling=manifest.token_downsampling,
     )
     save_png(path, pixels, request, provenance)
 

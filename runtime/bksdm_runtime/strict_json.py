@@ -56,6 +56,9 @@ class Fields:
             if name not in names:
                 raise JsonError(f"{self._at(name)} is unknown (known: {', '.join(names)})")
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
     def text(self, name: str) -> str:
         return self._text(self._get(name), self._at(name))
 

@@ -241,7 +241,7 @@ def test_likeness_is_psnr_and_lpips_and_a_lost_picture_fails() -> None:
     assert off.psnr[0] == pytest.approx(20 * np.log10(255 / 5))
     lost = judge("openvino", [(None, one)]).failures()
     assert len(lost) == 2
-    assert all(text.startswith("int8 pictures on openvino are too far from fp32's: ") for text in lost)
+    assert all(text.startswith("pictures on openvino are too far from PyTorch's exact ones: ") for text in lost)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_an_int8_bundle_opens_and_says_what_it_is(exported_int8: tuple[Path, Pat
     for one in figures["likeness"]:
         assert one["psnr"]["mean"] >= likeness.PSNR_BOUND
         assert one["lpips"]["mean"] <= likeness.LPIPS_BOUND
-    assert "int8 against fp32" in (folder / "parity.html").read_text()
+    assert "Against exact pictures" in (folder / "parity.html").read_text()
     pipeline = Pipeline.open(bundle, EngineSettings(backend="onnxruntime", threads=1))
     [pixels] = pipeline.draw([Request("a red apple", steps=2)])
     assert pixels.shape == (64, 64, 3)
@@ -273,7 +273,7 @@ def test_a_quantisation_that_is_too_coarse_fails_and_leaves_its_page_alone(
     smallest_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(likeness, "PSNR_BOUND", 90.0)
-    why = r"int8 pictures on onnxruntime are too far from fp32's: .* dB PSNR.*; an --int8-error below 0.07 leaves more"
+    why = r"pictures on onnxruntime are too far from .* dB PSNR.*; an --int8-error below 0.07 leaves more"
     with pytest.raises(ExportError, match=why):
         export_variant(ExportRequest(tmp_path / "bundle", weights=str(smallest_folder), precision="int8"))
     assert [one.name for one in tmp_path.iterdir()] == ["bundle.failed.html"]

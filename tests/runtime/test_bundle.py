@@ -437,3 +437,16 @@ def test_no_demo_in_this_build_is_one_sentence(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(bundles, "__file__", str(tmp_path / "bundle.py"))
     with pytest.raises(BundleError, match="ships no demo bundle"):
         bundles.demo()
+
+
+@pytest.mark.parametrize(("written", "read"), [(None, 1), (1, 1), (2, 2)])
+def test_a_bundle_that_says_nothing_of_its_tokens_has_them_all(
+    toy_bundle: Path, tmp_path: Path, written: int | None, read: int
+) -> None:
+    text = json.loads((toy_bundle / "bundle.json").read_text())
+    text.pop("token_downsampling")
+    if written is not None:
+        text["token_downsampling"] = written
+    assert bundles.Manifest.from_json(json.dumps(text)).token_downsampling == read
+    with pytest.raises(BundleError, match="token_downsampling must be a whole number from 1 to 64, found 0"):
+        bundles.Manifest.from_json(json.dumps({**text, "token_downsampling": 0}))

@@ -30,22 +30,37 @@ def scores(
     captions = folder / "metadata.jsonl"
     captions.write_text("\n".join(json.dumps({"text": f"picture {i}"}) for i in range(5)) + "\n")
     bundle = make_toy_bundle(folder / "bundle", step_cache=True)
+    other = make_toy_bundle(folder / "other", step_cache=True)
+    with_fewer_tokens(other)
     options = ["--count=3", "--steps=10", "--sampler=euler", "--backend=onnxruntime", "--threads=1"]
     places = [f"--scores={folder / 'scores.json'}", f"--grid={folder / 'grid.png'}"]
     # LPIPS itself is tested elsewhere, and its weights come from a package.
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(likeness, "Lpips", lambda: lambda a, b: torch.abs(a - b).mean())
-        assert benchmark["main"](["run", f"--bundle={bundle}", f"--captions={captions}", *options, *places]) == 0
+        assert (
+            benchmark["main"](
+                ["run", f"--bundle={bundle}", f"--captions={captions}", "--downsampled", str(other), *options, *places]
+            )
+            == 0
+        )
     assert (folder / "grid.png").is_file()
     return json.loads((folder / "scores.json").read_text())
 
 
+def with_fewer_tokens(folder: Path) -> None:
+    """A bundle that says so; its graphs are as they were."""
+    path = folder / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "token_downsampling": 2}))
+
+
 def test_every_shortcut_is_compared_on_every_caption(benchmark: dict[str, Any], scores: dict[str, Any]) -> None:
     assert scores["captions"] == 3
-    assert list(scores["shortcuts"]) == list(benchmark["SHORTCUTS"])
-    for row in scores["shortcuts"].values():
+    by_2 = ["--token-downsampling 2", "--token-downsampling 2 --cache-interval 3"]
+    assert list(scores["shortcuts"]) == [*benchmark["SHORTCUTS"], *by_2]
+    for name, row in scores["shortcuts"].items():
         assert all(len(row[figure]) == 3 for figure in ("psnr", "lpips", "ratio"))
-        assert all(0 < psnr < 99 for psnr in row["psnr"])  # none of them is exact
+        exact = name == by_2[0]  # the toy has no tokens
+        assert all(psnr == 99 if exact else 0 < psnr < 99 for psnr in row["psnr"])
 
 
 def test_the_share_of_evaluations_is_counted_by_hand(scores: dict[str, Any]) -> None:
