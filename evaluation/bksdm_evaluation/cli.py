@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
+
+from bksdm_evaluation import score_cli
+from bksdm_evaluation.figures_file import refuse_unwritable, versions, write_figures
+from bksdm_evaluation.progress import bar
 
 _PROGRAM = "bksdm-eval"
 
@@ -61,7 +61,7 @@ def retrieval(
     from bksdm_runtime.pipeline import Pipeline
 
     if output is not None:
-        _refuse_unwritable(output)
+        refuse_unwritable(output)
     try:
         opened = bundles.load(find_bundle(bundle)[0])
         dataset = read_dataset(folder, opened.manifest.model.height)
@@ -102,14 +102,14 @@ def retrieval(
         "arithmetic": pipeline.arithmetic,
         "batch_size": batch_size,
         "threads": pipeline.threads,
-        "versions": _versions("torch", "onnxruntime", "onnxruntime-gpu", "openvino"),
+        "versions": versions("torch", "onnxruntime", "onnxruntime-gpu", "openvino"),
     }
     click.echo(
         f"top-1 {figures['top1']:.1%}, top-5 {figures['top5']:.1%} "
         f"of {len(chosen)} captions among {len(dataset.pictures)} pictures"
     )
     if output is not None:
-        _write_figures(output, figures)
+        write_figures(output, figures)
 
 
 @commands.command()
@@ -173,7 +173,7 @@ def student(
 
     for path, option in ((output, "--output"), (grid, "--grid")):
         if path is not None:
-            _refuse_unwritable(path, option)
+            refuse_unwritable(path, option)
     if threads is not None:
         torch.set_num_threads(threads)
     try:
@@ -195,7 +195,7 @@ def student(
         for model in (loaded, original):
             devices.move(model, device)
         networks = students.load_networks(device)
-        scores = [students.score(loaded, original, split, drawing, networks, _bar, cache) for split in splits]
+        scores = [students.score(loaded, original, split, drawing, networks, bar, cache) for split in splits]
         figures = {
             "student": students.describe(loaded),
             "teacher": students.describe(original),
@@ -211,9 +211,9 @@ def student(
                 "threads": torch.get_num_threads(),
             },
             "networks": students.network_hashes(),
-            "versions": _versions("torch", "diffusers", "transformers"),
+            "versions": versions("torch", "diffusers", "transformers"),
         }
-        _write_figures(output, figures)
+        write_figures(output, figures)
         if grid is not None:
             bands = [
                 Band(
@@ -242,44 +242,8 @@ def student(
         )
 
 
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[float], object]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, unit="picture", dynamic_ncols=True, disable=None) as bar:
-        yield bar.update
-
-
-def _write_figures(output: Path, figures: dict[str, object]) -> None:
-    try:
-        _write(output, json.dumps(figures, indent=2) + "\n")
-    except OSError as error:
-        raise click.ClickException(f"{output} cannot be written: {error.strerror or error}") from error
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in ("bksdm", "numpy", "pillow", *packages):
-        with suppress(PackageNotFoundError):  # one of the two onnxruntimes
-            found[package] = version(package)
-    return found
-
-
-def _refuse_unwritable(output: Path, option: str = "--output") -> None:
-    """Notice before minutes of work that the result could not be written."""
-    if output.is_dir():
-        raise click.BadParameter(f"{output} is a folder, not a file", param_hint=option)
-    if not output.parent.is_dir():
-        raise click.BadParameter(f"{output.parent} is not a folder", param_hint=option)
-    if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise click.BadParameter(f"{output.parent} cannot be written", param_hint=option)
-
-
-def _write(output: Path, text: str) -> None:
-    """The whole file or the one that was there."""
-    staging = output.with_name(f".{output.name}")
-    staging.write_text(text)
-    staging.replace(output)
+for _command in score_cli.COMMANDS:
+    commands.add_command(_command)
 
 
 def main() -> None:

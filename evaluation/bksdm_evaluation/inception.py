@@ -43,6 +43,17 @@ def load_network() -> nn.Module:
     return cast(nn.Module, network.eval())
 
 
+def prepare_clean(picture: Image.Image) -> NDArray[np.float32]:
+    """An RGB picture -> [3, 299, 299], (value - 128) / 128, resized as arXiv 2104.11222 does it.
+
+    That is by Pillow's bicubic filter, which averages where it shrinks, and without rounding to bytes in between."""
+    planes = [
+        np.asarray(Image.fromarray(plane).resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)).clip(0, 255)
+        for plane in np.moveaxis(np.asarray(picture, np.float32), 2, 0)
+    ]
+    return ((np.stack(planes) - 128) / 128).astype(np.float32)
+
+
 def prepare(pictures: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] uint8 -> what the network takes, [B, 3, 299, 299] float32, (value - 128) / 128."""
     x = pictures.float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,17 @@ class Statistics:
         return (self.outer - np.outer(self.total, self.mean)) / (self.count - 1)
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
+class Gaussian(Protocol):
+    """mean: [D]; covariance: [D, D], unbiased."""
+
+    @property
+    def mean(self) -> Array: ...
+
+    @property
+    def covariance(self) -> Array: ...
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2), the squared Frechet distance of two Gaussians.
 
     Dowson and Landau 1982; as FID, arXiv 1706.08500. With roots A = R R^T and B = S S^T the last trace is the sum of

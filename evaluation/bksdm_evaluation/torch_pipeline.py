@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -36,29 +37,44 @@ def generate(
     on_step is told what share of its pictures each U-Net evaluation made; in all that is their number.
     Raises ScoreError when the latents or the pictures are not finite."""
     guidance = checkpoint.guidance_scale if guidance_scale is None else guidance_scale
-    blank = [_context(checkpoint, "")] if guidance > 1 else []
     side = latent_size(checkpoint)
+    shape = (int(checkpoint.unet.config["in_channels"]), side, side)
     pictures: list[Image.Image] = []
     for start in range(0, len(captions), batch_size):
         chosen = captions[start : start + batch_size]
-        seeds = range(seed + start, seed + start + len(chosen))
-        # One at a time, as the runtime encodes: a caption's context must not depend on its company.
-        contexts = [_context(checkpoint, caption) for caption in chosen]
-        context = torch.cat(blank * len(chosen) + contexts)  # [2B, 77, D], or [B, 77, D] unguided
-        noise = initial_noise((int(checkpoint.unet.config["in_channels"]), side, side), seeds)
-        latents = denoise(
-            checkpoint.unet,
-            noise.to(checkpoint.unet.device),
-            context,
-            checkpoint.scheduler_config,
-            guidance=guidance,
-            steps=steps,
-            on_step=on_step,
-        )
-        if not latents.isfinite().all():
-            raise ScoreError(f"the U-Net of {checkpoint.source} gives NaN or infinity: there is no picture to score")
-        pictures += [_decode(checkpoint, one) for one in latents.split(1)]
+        noise = initial_noise(shape, range(seed + start, seed + start + len(chosen)))
+        drawn = draw(checkpoint, chosen, noise, steps=steps, guidance=guidance, on_step=on_step)
+        pictures += [Image.fromarray(pixels) for pixels in drawn]
     return pictures
+
+
+@torch.no_grad()
+def draw(
+    checkpoint: Checkpoint,
+    captions: Sequence[str],
+    noise: Tensor,
+    *,
+    steps: int,
+    guidance: float,
+    on_step: Callable[[float], object],
+) -> list[NDArray[np.uint8]]:
+    """Pictures [H, W, 3] of the captions in one batch, from noise [B, C, h, w]; the rest as `generate` has it."""
+    blank = [_context(checkpoint, "")] if guidance > 1 else []
+    # One at a time, as the runtime encodes: a caption's context must not depend on its company.
+    contexts = [_context(checkpoint, caption) for caption in captions]
+    context = torch.cat(blank * len(captions) + contexts)  # [2B, 77, D], or [B, 77, D] unguided
+    latents = denoise(
+        checkpoint.unet,
+        noise.to(checkpoint.unet.device),
+        context,
+        checkpoint.scheduler_config,
+        guidance=guidance,
+        steps=steps,
+        on_step=on_step,
+    )
+    if not latents.isfinite().all():
+        raise ScoreError(f"the U-Net of {checkpoint.source} gives NaN or infinity: there is no picture to score")
+    return [_decode(checkpoint, one) for one in latents.split(1)]
 
 
 def latent_size(checkpoint: Checkpoint) -> int:
@@ -70,11 +86,11 @@ def _context(checkpoint: Checkpoint, text: str) -> Tensor:
     return embed(checkpoint.text_encoder, checkpoint.tokenizer, [text]).to(checkpoint.unet.device)  # [1, 77, D]
 
 
-def _decode(checkpoint: Checkpoint, latents: Tensor) -> Image.Image:
-    """One picture from [1, C, h, w], as the runtime decodes: alone, and rounded as it rounds."""
+def _decode(checkpoint: Checkpoint, latents: Tensor) -> NDArray[np.uint8]:
+    """One picture [H, W, 3] from [1, C, h, w], as the runtime decodes: alone, and rounded as it rounds."""
     vae = checkpoint.vae
     unscaled = (latents / vae.config["scaling_factor"]).to(vae.device)
     decoded = decode(vae, unscaled).cpu().numpy()
     if not np.isfinite(decoded).all():
         raise ScoreError(f"the VAE of {checkpoint.source} gives NaN or infinity: there is no picture to score")
-    return Image.fromarray(to_uint8(decoded)[0])
+    return to_uint8(decoded)[0]

@@ -1,0 +1,179 @@
+"""The scores of one set of pictures, with all that they depend on, as figures for JSON and as words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bksdm_evaluation import inception
+from bksdm_evaluation.clip_score import PUBLISHED, Clip, ClipError
+from bksdm_evaluation.feature_set import FeatureSet, FeatureSetError
+from bksdm_evaluation.inception_score import Score
+from bksdm_evaluation.picture_files import PicturesError
+from bksdm_evaluation.picture_sets import PictureSet
+from bksdm_evaluation.retrieval import ScoreError
+from bksdm_evaluation.scoring import ClipMeter, FeatureMeter, InceptionScoreMeter, Meter, run
+from bksdm_evaluation.statistics import frechet_distance, kernel_distance
+
+_FEWEST = 4  # of KID's halves
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Those that are wanted, in eval mode, on one device; None for the others."""
+
+    wanted: tuple[str, ...]
+    inception: nn.Module | None
+    classes: nn.Module | None
+    clip: Clip | None
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one pass over a set gave, of what was wanted. clip: the cosine of each picture, by name."""
+
+    pictures: PictureSet
+    wanted: tuple[str, ...]
+    features: FeatureSet | None
+    inception_score: Score | None
+    clip: Mapping[str, float] | None
+    clip_network: str | None
+
+
+def load_networks(wanted: Sequence[str], device: torch.device, clip: str | None) -> Networks:
+    """clip: a folder or a name on the Hub, None for the published one. Raises PackageError, ClipError, ScoreError."""
+    deep = inception.load_network().to(device) if {"fid", "kid"} & set(wanted) else None
+    classes = _classes(device) if "is" in wanted else None
+    return Networks(tuple(wanted), deep, classes, Clip.load(clip or PUBLISHED, device) if "clip" in wanted else None)
+
+
+def _classes(device: torch.device) -> nn.Module:
+    why = "the Inception score needs torch-fidelity and torchvision, as pip install 'bksdm[fidelity]' brings them"
+    try:
+        from bksdm_evaluation import fidelity
+    except ModuleNotFoundError as error:
+        raise ScoreError(f"{why}: {error.name} is missing") from error
+    except RuntimeError as error:  # a torchvision of another torch
+        raise ScoreError(f"{why}: {str(error).splitlines()[0]:.200}") from error
+    return fidelity.load_network(device)
+
+
+def measure(
+    pictures: PictureSet,
+    networks: Networks,
+    captions: Mapping[str, str],
+    *,
+    threads: int | None = None,
+    batch_size: int = 16,
+    on_progress: Callable[[int], object] = lambda count: None,
+) -> Measured:
+    """Every picture once through every network. captions: by name, for the CLIP score.
+
+    Raises PicturesError, ClipError, TooFewPictures."""
+    meters: list[Meter] = []
+    features = classes = clip = None
+    if networks.inception is not None:
+        meters.append(features := FeatureMeter(networks.inception, pictures.protocol))
+    if networks.classes is not None:
+        from bksdm_evaluation import fidelity
+
+        network = networks.classes
+        meters.append(
+            classes := InceptionScoreMeter(lambda batch: fidelity.logits(network, batch), len(pictures.files))
+        )
+    if networks.clip is not None:
+        if without := [name for name in pictures.files if name not in captions]:
+            raise ClipError(f"{len(without):,} pictures have no caption, {without[0]} among them: give --captions")
+        meters.append(clip := ClipMeter(networks.clip, captions))
+    run(pictures.source, meters, threads=threads, batch_size=batch_size, on_progress=on_progress)
+    return Measured(
+        pictures,
+        networks.wanted,
+        features and features.result(pictures.size),
+        classes and classes.result(),
+        clip and clip.cosines,
+        networks.clip and networks.clip.name,
+    )
+
+
+def figures(
+    measured: Measured, reference: FeatureSet | None, *, allow_biased: bool = False, asked: bool = True
+) -> dict[str, Any]:
+    """All scores, for JSON. asked: the metrics were named, so that FID of too few pictures is refused, not left out.
+
+    Raises FeatureSetError where the reference was prepared otherwise; PicturesError, TooFewPictures."""
+    pictures = measured.pictures
+    found: dict[str, Any] = {
+        "protocol": pictures.protocol.name,
+        "size": pictures.size,
+        "pictures": len(pictures.files),
+        "generation": pictures.generation,
+        "scores": {},
+    }
+    scores = found["scores"]
+    if measured.features is not None and reference is not None:
+        ours = measured.features
+        if ours.said != reference.said:
+            raise FeatureSetError(
+                f"the reference was prepared as {dict(reference.said)}, the pictures as {dict(ours.said)}: no scores"
+            )
+        found["reference_pictures"] = reference.count
+        found["network"] = ours.said["network"]
+        if "kid" in measured.wanted:
+            scores["kid"] = _kid(ours, reference)
+        if "fid" in measured.wanted:
+            why = _too_few(ours, reference)
+            if why and not allow_biased and asked:
+                raise PicturesError(f"{why}: ask for kid, or say --allow-biased")
+            if allow_biased or not why:
+                scores["fid"] = {"value": frechet_distance(ours, reference), "biased": bool(why)}
+            else:
+                found["left_out"] = f"fid: {why}"
+    if measured.inception_score is not None:
+        scores["inception_score"] = asdict(measured.inception_score)
+    if measured.clip is not None:
+        cosines = np.array(list(measured.clip.values()))
+        error = float(cosines.std(ddof=1) / len(cosines) ** 0.5) if len(cosines) > 1 else None
+        scores["clip"] = {"value": float(cosines.mean()), "standard_error": error, "network": measured.clip_network}
+    return found
+
+
+def _kid(ours: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
+    if not len(reference.sample):
+        raise FeatureSetError(
+            "the reference is pytorch-fid's statistics, which hold no features: KID needs the pictures, or an .npz of "
+            "bksdm-eval statistics"
+        )
+    return asdict(kernel_distance(ours.sample.astype(np.float64), reference.sample.astype(np.float64)))
+
+
+def _too_few(ours: FeatureSet, reference: FeatureSet) -> str:
+    """Why FID is biased past use; "" where it is not. A covariance of D features has full rank from D + 1 on."""
+    for what, one in (("there are", ours), ("the reference has", reference)):
+        if one.count is not None and one.count <= len(one.mean):
+            return f"{what} {one.count:,} pictures, and FID of {len(one.mean):,} or fewer is biased upwards"
+    return ""
+
+
+def told(found: Mapping[str, Any]) -> str:
+    """In words: never without the protocol."""
+    scores = found["scores"]
+    parts: list[str] = []
+    if "kid" in scores:
+        parts.append(f"KID {scores['kid']['value']:.5f} +- {scores['kid']['standard_error']:.5f}")
+    if "fid" in scores:
+        parts.append(f"FID {scores['fid']['value']:.2f}" + " (biased: too few pictures)" * scores["fid"]["biased"])
+    if "inception_score" in scores:
+        parts.append(f"IS {scores['inception_score']['mean']:.2f} +- {scores['inception_score']['deviation']:.2f}")
+    if "clip" in scores:
+        parts.append(f"CLIP score {scores['clip']['value']:.4f} ({scores['clip']['network']})")
+    counted = f"{found['pictures']:,} pictures"
+    if found.get("reference_pictures"):
+        counted += f" against {found['reference_pictures']:,}"
+    said = f"{', '.join(parts)}: {found['protocol']} protocol, {found['size']} px, {counted}"
+    return said + (f"\nleft out, {found['left_out']}" if "left_out" in found else "")
