@@ -50,13 +50,13 @@ def collect(folders: Sequence[Path]) -> dict[str, Path]:
 
 @dataclass
 class Reader(Generic[T]):
-    """Pictures as `prepare` makes them of RGB ones, in the order of their files; a few are prepared ahead.
+    """Pictures as `prepare` makes them, of their name and themselves, in the order of their files; some are ahead.
 
     broken: what could not be read or prepared so far, "name: why". threads: that decode and prepare.
     """
 
     files: Mapping[str, Path]
-    prepare: Callable[[Image.Image], T]
+    prepare: Callable[[str, Image.Image], T]
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     ahead: int = 64
     broken: list[str] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Reader(Generic[T]):
         with ThreadPoolExecutor(self.threads) as pool:
             try:
                 for name, path in self.files.items():
-                    waiting.append((name, pool.submit(self._read, path)))
+                    waiting.append((name, pool.submit(self._read, name, path)))
                     if len(waiting) > self.ahead:
                         yield from self._next(waiting)
                 while waiting:
@@ -75,10 +75,10 @@ class Reader(Generic[T]):
                 for _, future in waiting:
                     future.cancel()
 
-    def _read(self, path: Path) -> T:
+    def _read(self, name: str, path: Path) -> T:
         with Image.open(path) as picture:
             picture.load()
-            return self.prepare(picture)
+            return self.prepare(name, picture)
 
     def _next(self, waiting: deque[tuple[str, Future[T]]]) -> Iterator[tuple[str, T]]:
         name, future = waiting.popleft()

@@ -282,6 +282,85 @@ def score(
         write_figures(output, {**figures, "settings": settings, "versions": versions(*_LIBRARIES)})
 
 
+@click.command()
+@click.argument("a", type=_FOLDER)
+@click.argument("b", type=_FOLDER)
+@click.option(
+    "--reference", type=_FOLDER, multiple=True, metavar="PATH", help="Real pictures or .npz: KID and FID, too."
+)
+@click.option(
+    "--captions", "file", type=_FOLDER, metavar="FILE", help="For --clip-model.  [default: their own listing]"
+)
+@click.option("--clip-model", metavar="PATH", help="The CLIP score, too, by this network.")
+@click.option("--min-psnr", type=float, help="dB, on average.  [default: 28]")
+@click.option("--max-lpips", type=float, help="On average.  [default: 0.06]")
+@click.option("--max-drift", type=click.FloatRange(0, 1), help="Share.  [default: 0.002]")
+@_passing
+@click.option("-o", "--output", type=_FOLDER, metavar="FILE", help="Write the verdict as JSON.")
+def compare(
+    a: Path,
+    b: Path,
+    reference: Sequence[Path],
+    file: Path | None,
+    clip_model: str | None,
+    min_psnr: float | None,
+    max_lpips: float | None,
+    max_drift: float | None,
+    size: int,
+    batch_size: int,
+    kind: str,
+    threads: int | None,
+    output: Path | None,
+) -> None:
+    """Does B, an engine's pictures, pass beside A, PyTorch's? Exit 1 where it does not.
+
+    A and B are folders of `generate`, of the same captions and noise. Asked are PSNR and LPIPS of every pair, whether
+    all pictures move the same way (brightness, contrast, sharpness, saturation), and by how much scores differ.
+    """
+    from dataclasses import replace
+
+    from bksdm.perceptual import Lpips
+    from bksdm_evaluation import comparison, gate, intervals, picture_sets, scores
+
+    if output is not None:
+        refuse_unwritable(output)
+    device = _device(kind, None)
+    given = {"psnr": min_psnr, "lpips": max_lpips, "drift": max_drift}
+    bounds = replace(gate.Bounds(), **{name: value for name, value in given.items() if value is not None})
+    try:
+        first, second = (picture_sets.generated([folder], None, size) for folder in (a, b))
+        captions = picture_sets.captions_of(first, file)
+        wanted = (*(("kid", "fid") if reference else ()), *(("clip",) if clip_model else ()))
+        networks = scores.load_networks(wanted, device, clip_model)
+        lpips = Lpips().to(device)
+        with bar("pairs", len(first.files)) as on_progress:
+            compared = comparison.compare(
+                *(first, second, lpips, networks, captions),
+                threads=threads,
+                batch_size=batch_size,
+                on_progress=on_progress,
+            )
+        against = _reference(reference, first.protocol, size, networks.inception, batch_size, threads)
+        found = gate.figures(
+            compared.pairs,
+            gate.drifts(compared.pairs, intervals.of_mean),
+            comparison.differences_of_scores(compared, against),
+            bounds,
+        )
+    except _errors() as error:
+        raise click.ClickException(str(error)) from error
+    said = {"protocol": first.protocol.name, "size": size, "a": first.generation, "b": second.generation}
+    if output is not None:
+        write_figures(output, {**said, **found, "versions": versions(*_LIBRARIES)})
+    click.echo(gate.told(found))
+    click.echo(
+        f"{first.protocol.name} protocol, {size} px, {found['pairs']:,} pairs: {'passed' * found['passed'] or 'FAILED'}"
+    )
+    if not found["passed"]:
+        failed = [one["what"] for one in found["questions"] if one["passed"] is False]
+        raise click.ClickException(f"{b} does not pass beside {a}: {', '.join(failed)}")
+
+
 def _wanted(metrics: str | None, reference: Sequence[Path]) -> tuple[str, ...]:
     wanted = tuple(metrics.replace(" ", "").split(",")) if metrics is not None else ("kid", "fid")
     for one in wanted:
@@ -320,4 +399,4 @@ def _features(pictures: PictureSet, network: Any, batch_size: int, threads: int 
     return meter.result(pictures.size)
 
 
-COMMANDS = (generate, statistics, score)
+COMMANDS = (generate, statistics, score, compare)

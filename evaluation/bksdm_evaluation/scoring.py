@@ -121,17 +121,15 @@ def run(
     could not be, or are generated and not `size` pixels square: counted and named.
     """
 
-    def prepare(picture: Image.Image) -> list[Any]:
+    def prepare(_name: str, picture: Image.Image) -> list[Any]:
         if source.real:
             picture = source.protocol.real(picture, source.size)
-        elif picture.size != (source.size, source.size):
-            width, height = picture.size
-            raise PicturesError(f"{width}x{height} px, where {source.size}x{source.size} are scored")
-        picture = picture.convert("RGB")
+        else:
+            picture = of_size(picture, source.size)
         return [meter.prepare(picture) for meter in meters]
 
     reader = Reader(source.files, prepare, threads or len(os.sched_getaffinity(0)), ahead=2 * batch_size)
-    for batch in _batches(iter(reader), batch_size):
+    for batch in batches(iter(reader), batch_size):
         names = [name for name, _ in batch]
         for number, meter in enumerate(meters):
             meter.take(names, [prepared[number] for _, prepared in batch])
@@ -139,6 +137,15 @@ def run(
     reader.refuse_broken()
 
 
-def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+def of_size(picture: Image.Image, size: int) -> Image.Image:
+    """A generated picture in RGB. Raises PicturesError where it is not `size` pixels square."""
+    if picture.size != (size, size):
+        width, height = picture.size
+        raise PicturesError(f"{width}x{height} px, where {size}x{size} are scored")
+    return picture.convert("RGB")
+
+
+def batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items; the last may be shorter."""
     while batch := list(islice(items, size)):
         yield batch

@@ -139,19 +139,20 @@ def kernel_distance(
 def squared_discrepancy(a: Array, b: Array) -> float:
     """Unbiased estimate of the squared discrepancy of [N, D] and [M, D], N and M at least 2, in bounded memory."""
     n, m = len(a), len(b)
-    within_a = (_kernel_sum(a, a) - _kernel(np.einsum("nd,nd->n", a, a), a.shape[1]).sum()) / (n * (n - 1))
-    within_b = (_kernel_sum(b, b) - _kernel(np.einsum("nd,nd->n", b, b), b.shape[1]).sum()) / (m * (m - 1))
+    within_a = (_kernel_sum(a, a) - kernel(np.einsum("nd,nd->n", a, a), a.shape[1]).sum()) / (n * (n - 1))
+    within_b = (_kernel_sum(b, b) - kernel(np.einsum("nd,nd->n", b, b), b.shape[1]).sum()) / (m * (m - 1))
     return float(within_a + within_b - 2 * _kernel_sum(a, b) / (n * m))
 
 
 def _kernel_sum(a: Array, b: Array) -> float:
     return sum(
-        float(_kernel(a[i : i + _ROWS] @ b[j : j + _ROWS].T, a.shape[1]).sum())
+        float(kernel(a[i : i + _ROWS] @ b[j : j + _ROWS].T, a.shape[1]).sum())
         for i in range(0, len(a), _ROWS)
         for j in range(0, len(b), _ROWS)
     )
 
 
-def _kernel(products: Array, width: int) -> Array:
+def kernel(products: Array, width: int) -> Array:
+    """KID's, of inner products of features of that width."""
     k = products / width + 1
     return k * k * k  # numpy's ** 3 is a call of pow per element

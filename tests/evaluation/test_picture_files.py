@@ -54,7 +54,7 @@ def test_pictures_come_in_order_and_broken_ones_are_counted(tmp_path: Path) -> N
     files["13"].unlink()
     seen = threading.local()
 
-    def prepare(one: Image.Image) -> int:
+    def prepare(_name: str, one: Image.Image) -> int:
         seen.any = True
         return int(np.asarray(one)[0, 0, 0])
 
@@ -73,7 +73,7 @@ def test_reading_ends_where_the_reader_is_left(tmp_path: Path) -> None:
     files = {str(i): picture(tmp_path / f"{i}.png") for i in range(200)}
     count = 0
 
-    def prepare(one: Image.Image) -> None:
+    def prepare(_name: str, one: Image.Image) -> None:
         nonlocal count
         count += 1
 

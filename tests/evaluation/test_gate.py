@@ -1,0 +1,203 @@
+"""The gate passes what is only rounded, and catches planted faults: with the demo, 16 pairs of 10 steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bksdm import checkpoint
+from bksdm.checkpoint import Checkpoint
+from bksdm_evaluation import cli, comparison, gate, intervals
+from bksdm_evaluation.artists import CheckpointArtist, Settings
+from bksdm_evaluation.captions import Caption, Captions
+from bksdm_evaluation.generation import Job, generate
+from bksdm_evaluation.picture_sets import generated
+from bksdm_evaluation.protocol import CLEAN
+from bksdm_evaluation.scores import Networks
+
+THINGS = "apple,hot dog,crab,shamrock,owl,cherries,cactus,pizza,fox,tulip,penguin,carrot,snail,frog,croissant,whale"
+CAPTIONS = Captions(
+    tuple(Caption(f"{i:02d}", f"a {thing}, 3d icon") for i, thing in enumerate(THINGS.split(","))), "c.txt", "ab" * 32
+)
+JOB = Job(CAPTIONS, Settings(steps=10, guidance_scale=2.0, batch_size=16), CLEAN, seed=0, size=128)
+
+
+class Mean(torch.nn.Module):
+    """Stands for LPIPS, whose weights come from a package: near its values here."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).abs().mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exact") / "pictures"
+    generate(CheckpointArtist(checkpoint.load("demo")), JOB, folder)
+    return folder
+
+
+def verdict(exact: Path, folder: Path) -> dict[str, bool | None]:
+    """The answer to each question."""
+    a, b = (generated([one], None, 128) for one in (exact, folder))
+    nothing = Networks((), None, None, None)
+    compared = comparison.compare(a, b, Mean(), nothing, {})
+    drifts = gate.drifts(compared.pairs, intervals.of_mean)
+    return {one.what: one.passed for one in gate.judge(compared.pairs, drifts, {}, gate.Bounds())}
+
+
+@pytest.fixture
+def judged(exact: Path, tmp_path: Path) -> Callable[[Checkpoint], dict[str, bool | None]]:
+    def judged(model: Checkpoint) -> dict[str, bool | None]:
+        generate(CheckpointArtist(model), JOB, tmp_path / "pictures")
+        return verdict(exact, tmp_path / "pictures")
+
+    return judged
+
+
+def halved(module: torch.nn.Module) -> None:
+    """fp16 arithmetic, as a GPU has it; what overflows is infinite, or, saturated, the largest half."""
+    forward = module.forward
+    module.half()
+
+    def half(sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, **others: object) -> tuple:
+        return tuple(one.float() for one in forward(sample.half(), timestep, context.half(), **others))
+
+    module.forward = half
+
+
+def test_true_half_precision_passes(judged: Callable[[Checkpoint], dict[str, bool | None]]) -> None:
+    model = checkpoint.load("demo")
+    halved(model.unet)
+    answers = judged(model)
+    assert set(answers.values()) == {True}, answers
+
+
+def offset(model: Checkpoint) -> Checkpoint:
+    return replace(model, scheduler_config={**model.scheduler_config, "steps_offset": 0})
+
+
+def scale(model: Checkpoint) -> Checkpoint:
+    model.vae.register_to_config(scaling_factor=model.vae.config["scaling_factor"] * 1.05)
+    return model
+
+
+def swapped(model: Checkpoint) -> Checkpoint:
+    forward = model.unet.forward
+
+    def turned(*args: object, **kwargs: object) -> tuple[torch.Tensor]:
+        first, second = forward(*args, **kwargs)[0].chunk(2)
+        return (torch.cat([second, first]),)
+
+    model.unet.forward = turned
+    return model
+
+
+def coarse(model: Checkpoint) -> Checkpoint:
+    """Weights of one scale a tensor, in 4 bits: an int8 of outliers."""
+    for name, weight in model.unet.named_parameters():
+        if weight.ndim > 1 and "time" not in name:
+            step = weight.abs().max() / 7
+            weight.data = (weight / step).round() * step
+    return model
+
+
+def overflowing(model: Checkpoint) -> Checkpoint:
+    """A residual that fp32 holds and fp16 does not, saturated where it overflows: the island is missing."""
+    convolution = model.unet.up_blocks[-1].resnets[-1].conv1
+
+    def clipped(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
+        return (output * 2e5).clamp(-65504, 65504) / 2e5
+
+    convolution.register_forward_hook(clipped)
+    return model
+
+
+FAULTS = {  # and what is sure to catch each
+    "timesteps off by one": (offset, "drift of brightness"),  # of 25 steps it is the sharpness
+    "a wrong VAE scale": (scale, "drift of contrast"),
+    "guidance halves swapped": (swapped, "PSNR"),
+    "an int8 that is too coarse": (coarse, "PSNR"),
+    "an overflow island removed": (overflowing, "PSNR"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(judged: Callable[[Checkpoint], dict[str, bool | None]], name: str) -> None:
+    plant, by = FAULTS[name]
+    with torch.no_grad():
+        answers = judged(plant(checkpoint.load("demo")))
+    assert answers[by] is False, answers
+
+
+def test_sets_that_differ_in_more_than_the_model_are_refused(exact: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in exact.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    said = json.loads((other / "generation.json").read_text())
+    (other / "generation.json").write_text(json.dumps({**said, "steps": 9, "model": {"kind": "x"}}))
+    with pytest.raises(Exception, match="differ in more than what drew them: steps is 10 there, 9 here"):
+        verdict(exact, other)
+    (other / "generation.json").write_text(json.dumps({**said, "model": {"kind": "x"}}))
+    assert set(verdict(exact, other).values()) == {True}
+    (other / "03.png").unlink()
+    with pytest.raises(Exception, match="1 picture of the first set without a picture: 03"):
+        verdict(exact, other)
+
+
+def test_psnr_and_looks_are_their_formulas() -> None:
+    random = np.random.default_rng(0)
+    a = random.integers(0, 250, (9, 8, 3)).astype(np.uint8)
+    assert gate.psnr(a, a) == 99
+    assert gate.psnr(a, a + np.uint8(5)) == pytest.approx(20 * np.log10(255 / 5))
+    grey = a.astype(float).mean(2)
+    found = gate.looks(a)
+    laplacian = [
+        grey[i - 1, j] + grey[i + 1, j] + grey[i, j - 1] + grey[i, j + 1] - 4 * grey[i, j]
+        for i in range(1, 8)
+        for j in range(1, 7)
+    ]
+    assert found["sharpness"] == pytest.approx(np.sqrt(np.mean(np.square(laplacian))))
+    assert found["brightness"] == pytest.approx(grey.mean())
+    assert found["saturation"] == pytest.approx((a.max(2).astype(int) - a.min(2)).mean())
+    flat = gate.looks(np.full((9, 8, 3), 7, np.uint8))
+    assert (flat["contrast"], flat["sharpness"], flat["saturation"]) == (0, 0, 0)
+
+
+def test_the_command_says_what_failed_and_exits_1(
+    exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bksdm.perceptual.Lpips", Mean)
+    darker = tmp_path / "darker"
+    darker.mkdir()
+    for path in exact.iterdir():
+        if path.suffix == ".png":
+            Image.fromarray((np.asarray(Image.open(path)) * 0.98).astype(np.uint8)).save(darker / path.name)
+    (darker / "metadata.jsonl").write_bytes((exact / "metadata.jsonl").read_bytes())
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["bksdm-eval", "compare", str(exact), *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    code, out, err = run(darker, "--size", 128, "-o", tmp_path / "gate.json")
+    assert code == 1
+    assert "drift of brightness" in out
+    assert "clean protocol, 128 px, 16 pairs: FAILED" in out
+    assert err.splitlines()[-1].startswith(f"bksdm-eval: {darker} does not pass beside {exact}: drift of brightness")
+    found = json.loads((tmp_path / "gate.json").read_text())
+    assert found["passed"] is False
+    assert len(found["worst"]) == 8
+    assert run(darker, "--size", 128, "--max-drift", "0.05")[0] == 0
+    assert run(exact, "--size", 128)[0] == 0
