@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -97,8 +98,8 @@ def open_image(path: Path) -> Image.Image:
         return image
 
 
-def save_png(path: Path, pixels: NDArray[np.uint8], request: Request, provenance: Provenance) -> None:
-    """Write [H, W, 3] uint8 as PNG with the request in text chunks; whole or not at all. Raises ImageError."""
+def encode_png(pixels: NDArray[np.uint8], request: Request, provenance: Provenance) -> bytes:
+    """[H, W, 3] uint8 as the bytes of a PNG file, with the request in text chunks."""
     height, width = pixels.shape[:2]
     chunks = PngImagePlugin.PngInfo()
     for name, text in _texts(request, provenance, height, width).items():
@@ -106,11 +107,18 @@ def save_png(path: Path, pixels: NDArray[np.uint8], request: Request, provenance
             chunks.add_text(name, text)
         else:
             chunks.add_itxt(name, text)  # UTF-8; a plain chunk is Latin-1
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def save_png(path: Path, pixels: NDArray[np.uint8], request: Request, provenance: Provenance) -> None:
+    """Write what `encode_png` gives; whole or not at all. Raises ImageError."""
+    content = encode_png(pixels, request, provenance)
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.part")
     try:
         try:
-            with temporary.open("wb") as file:
-                Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
+            temporary.write_bytes(content)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

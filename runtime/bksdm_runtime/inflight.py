@@ -220,7 +220,7 @@ class InFlight:
         ends = np.cumsum([slot.rows for slot in sharing]).tolist()
         parts = [
             # A copy: a view would keep the whole evaluation's outputs for as long as a picture remembers its own.
-            {name: cast(Array, array[end - slot.rows : end].copy()) for name, array in outputs.items()}
+            {name: cast(Array, np.array(array[end - slot.rows : end])) for name, array in outputs.items()}
             for slot, end in zip(sharing, ends, strict=True)
         ]
         self._observe("step", time.perf_counter() - started, len(sharing))

@@ -5,6 +5,8 @@ Element by element throughout, so a picture's numbers do not depend on what stan
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,7 +30,7 @@ def guided(output: Array, guidance: Array) -> Array:
     guidance: [B]. Classifier-free guidance, arXiv 2207.12598.
     """
     negative, positive = np.split(output, 2)
-    return negative + guidance[:, None, None, None] * (positive - negative)
+    return cast(Array, negative + guidance[:, None, None, None] * (positive - negative))
 
 
 def next_latents(schedule: Schedule, i: int, x: Array, output: Array, history: History) -> tuple[Array, History]:
