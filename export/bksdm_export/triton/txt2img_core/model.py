@@ -30,22 +30,31 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        counter = pb_utils.MetricFamily.COUNTER
-        # Kept: a family that is collected takes its metrics along.
-        self._families = [
-            pb_utils.MetricFamily(name=name, description=description, kind=counter)
+        self._families: list[Any] = []  # kept: one that is collected takes its metrics along
+
+    def start(self) -> None:
+        """Make the counters; until then nothing is counted.
+
+        Only where nothing of a load can fail any more: then Triton 2.51 dies of a segmentation fault.
+        """
+        kind = pb_utils.MetricFamily.COUNTER
+        families = [
+            pb_utils.MetricFamily(name=name, description=description, kind=kind)
             for name, description in (
                 ("bksdm_stage_seconds", "Seconds spent in a stage of drawing, of all calls"),
                 ("bksdm_stage_count", "Calls of a stage of drawing; a step's call serves several pictures"),
                 ("bksdm_steps", "Steps of pictures: over the count of stage step, how many pictures shared one"),
             )
         ]
-        seconds, count, steps = self._families
+        seconds, count, steps = families
         self._seconds = {stage: seconds.Metric(labels={"stage": stage}) for stage in _STAGES}
         self._count = {stage: count.Metric(labels={"stage": stage}) for stage in _STAGES}
         self._steps = steps.Metric(labels={})
+        self._families = families
 
     def observe(self, stage: str, seconds: float, pictures: int) -> None:
+        if not self._families:
+            return
         with self._lock:  # two threads tell
             self._seconds[stage].increment(seconds)
             self._count[stage].increment(1)
@@ -87,10 +96,12 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         texts = {name: value["string_value"] for name, value in parameters.items()}
         folder = Path(args["model_repository"]) / args["model_version"]
+        metrics = Metrics()
         try:
-            self._service, self._limits = open_service(folder, texts, Metrics().observe)
+            self._service, self._limits = open_service(folder, texts, metrics.observe)
         except SERVICE_ERRORS as error:
             raise pb_utils.TritonModelException(str(error)) from None
+        metrics.start()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
