@@ -26,7 +26,7 @@ from bksdm_runtime.engine import EngineError
 from bksdm_runtime.evaluations import Evaluation
 from bksdm_runtime.pipeline import Pipeline, check
 from bksdm_runtime.request import Request
-from bksdm_runtime.rows import LEAST, equal_counts
+from bksdm_runtime.rows import equal_counts
 from bksdm_runtime.stepping import Array, History, first_latents, guided, next_latents
 
 _KEPT_CONTEXTS = 256  # 60 MB at [77, 768]
@@ -136,7 +136,10 @@ class InFlight:
         return len(self._under_way)
 
     def counts(self, height: int, width: int, *, full: bool = True) -> tuple[int, ...]:
-        """The rows that an evaluation of this size may have, rising; measured when first asked. Raises EngineError."""
+        """The rows that a shared evaluation of this size may have, rising; () for none, see rows.py.
+
+        Measured when first asked for. Raises EngineError.
+        """
         key = height, width, full
         if key not in self._counts:
             bundle = self.pipeline.bundle
@@ -186,7 +189,7 @@ class InFlight:
         group = [slot for slot in waiting if not slot.is_finished and slot.shares_with == first.shares_with]
         try:
             counts = self.counts(*first.shares_with[:2], full=first.now.full)
-            sharing = _as_many_as_fit(group, counts[-1])
+            sharing = _as_many_as_fit(group, counts[-1]) if counts else group[:1]
             outputs = self._evaluate(sharing, counts)
         except EngineError as error:
             return [self._fail(slot, error) for slot in group]
@@ -208,7 +211,7 @@ class InFlight:
             contexts.append(slot.context[-rows:])  # unguided: the prompt's, which stands last
             deeps.append(slot.deep[-rows:])
         used = sum(slot.rows for slot in sharing)
-        count = next(count for count in counts if count >= used)
+        count = next((count for count in counts if count >= used), used)
         inputs = {
             "sample": _filled(samples, count),  # [count, C, h, w]
             "timestep": _filled(timesteps, count),
@@ -266,7 +269,7 @@ class InFlight:
 def _as_many_as_fit(group: list[_Slot], most: int) -> list[_Slot]:
     """The first of a group, and after it all that still fit so many rows."""
     taken: list[_Slot] = []
-    free = max(most, LEAST)
+    free = most
     for slot in group:
         if slot.rows <= free:
             taken.append(slot)

@@ -10,6 +10,7 @@ is equal; OpenVINO in bf16, every count but 1, which alone differs in 4 samples 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,42 +21,46 @@ from bksdm_runtime.engine import Bounded, Engine, Preparing
 # A single row is never evaluated: a matrix of one row has kernels of its own in every library, whose sums differ so
 # rarely (see above) that no test at load would find it.
 LEAST = 2
-_PROBES = 32
+# Trying is part of opening a server: of a model of full size on a CPU, a row takes seconds.
+_PROBES, _PROBES_OF_LARGE, _LARGE = 32, 16, 16 * 16  # the last in latent pixels
 
 log = logging.getLogger(__name__)
 
 
 def equal_counts(engine: Engine, one: Mapping[str, tuple[int, ...]], most: int) -> tuple[int, ...]:
-    """The counts of rows, rising, from LEAST to `most` at most, that give a sample the same bits; LEAST is always one.
+    """The counts of rows, rising, from LEAST to `most` at most, that give a sample the same bits in every place.
 
-    one: the inputs' shapes without their rows. Every count is tried on the same random samples, in other places and
-    other company. An engine that has work to do for each shape is tried at powers of two alone. Trying them warms the
-    engine up for these shapes, too. Raises EngineError.
+    () where not even LEAST does: then no two pictures may share an evaluation.
+
+    one: the inputs' shapes without their rows. Counts are tried at powers of two and half-way between them, each on
+    the same random samples in other places and other company; at powers of two alone where an engine has work to do
+    for each shape. Trying them warms the engine up for these shapes, too. Raises EngineError.
     """
-    inputs = {name: _probe(shape, seed) for seed, (name, shape) in enumerate(one.items())}
-    if isinstance(engine, Preparing):
-        candidates = [LEAST << i for i in range(most.bit_length()) if LEAST << i <= most]
-    else:
-        candidates = list(range(LEAST, most + 1, 2))  # guided pictures, which are two rows each
+    candidates = [LEAST << i for i in range(most.bit_length())]
+    if not isinstance(engine, Preparing):
+        candidates = sorted({*candidates, *(count // 2 * 3 for count in candidates if count > LEAST)})
+    candidates = [count for count in candidates if LEAST < count <= most]
     if isinstance(engine, Bounded):
-        candidates = [count for count in candidates if engine.holds(_shapes(inputs, count))] or [LEAST]
-    expected = _evaluate(engine, inputs, LEAST, np.arange(_PROBES))
-    equal = [LEAST]
-    for count in candidates:
-        if count == LEAST:
-            continue
-        order = np.random.default_rng(count).permutation(_PROBES)
+        candidates = [count for count in candidates if engine.holds(_shapes(one, count))]
+    probes = _PROBES_OF_LARGE if math.prod(one["sample"][1:]) > _LARGE else _PROBES
+    order = np.arange(probes if candidates else LEAST)
+    inputs = {name: _probe(shape, probes, seed) for seed, (name, shape) in enumerate(one.items())}
+    expected = _evaluate(engine, inputs, LEAST, order)
+    equal: list[int] = []
+    for count in (LEAST, *candidates):
+        order = order[::-1] if count == LEAST else np.random.default_rng(count).permutation(probes)
         found = _evaluate(engine, inputs, count, order)
         if all(np.array_equal(found[name], array[order]) for name, array in expected.items()):
             equal.append(count)
-        else:
-            log.warning(
-                "%s: %d rows of %s are not equal bit for bit to %d: pictures do not share such evaluations",
-                engine.component.path,
-                count,
-                dict(one),
-                LEAST,
-            )
+            continue
+        log.warning(
+            "%s: %d rows of %s are not equal bit for bit to the same by twos: pictures do not share such evaluations",
+            engine.component.path,
+            count,
+            dict(one),
+        )
+        if count == LEAST:
+            break
     return tuple(equal)
 
 
@@ -71,12 +76,12 @@ def _evaluate(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _shapes(inputs: Mapping[str, NDArray[np.generic]], count: int) -> dict[str, Sequence[int]]:
-    return {name: (count, *array.shape[1:]) for name, array in inputs.items()}
+def _shapes(one: Mapping[str, tuple[int, ...]], count: int) -> dict[str, Sequence[int]]:
+    return {name: (count, *shape) for name, shape in one.items()}
 
 
-def _probe(shape: tuple[int, ...], seed: int) -> NDArray[np.generic]:
-    """[PROBES, *shape]: timesteps where that is nothing, normals elsewhere."""
+def _probe(shape: tuple[int, ...], count: int, seed: int) -> NDArray[np.generic]:
+    """[count, *shape]: timesteps where that is nothing, normals elsewhere."""
     random = np.random.default_rng(seed)
-    drawn = random.standard_normal((_PROBES, *shape)) if shape else random.integers(0, 1000, _PROBES)
+    drawn = random.standard_normal((count, *shape)) if shape else random.integers(0, 1000, count)
     return drawn.astype(np.float32)

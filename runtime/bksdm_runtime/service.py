@@ -263,7 +263,7 @@ def open_service(folder: Path, parameters: Mapping[str, str], observe: Observe) 
     under_way = InFlight(pipeline, slots=slots, observe=observe)
     for height, width in limits.sizes:
         counts = under_way.counts(height, width)
-        log.info("%dx%d px: evaluations of up to %d rows, two a guided picture", width, height, counts[-1])
+        log.info("%dx%d px: evaluations are shared by %s rows, two a guided picture", width, height, counts or "no")
     return Service(under_way, preview, observe), limits
 
 

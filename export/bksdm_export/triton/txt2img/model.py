@@ -17,7 +17,7 @@ _CORE = "txt2img_core"
 _OUTPUTS = {b"png": "png", b"png_b64": "png_b64", b"raw": "image"}
 # A core's error comes with code INTERNAL whatever it was (Triton 2.51): what its queue says when it is full, when a
 # request's time is over, and what the core itself says when it is down.
-_UNAVAILABLE = ("maximum queue size", "timeout expired", "no pictures any more", "not ready")
+_UNAVAILABLE = ("maximum queue size", "timeout expired", "no pictures any more", "not ready", "not healthy")
 
 
 class TritonPythonModel:

@@ -55,11 +55,14 @@ class Metrics:
     def observe(self, stage: str, seconds: float, pictures: int) -> None:
         if not self._families:
             return
-        with self._lock:  # two threads tell
-            self._seconds[stage].increment(seconds)
-            self._count[stage].increment(1)
-            if stage == "step":
-                self._steps.increment(pictures)
+        try:
+            with self._lock:  # two threads tell
+                self._seconds[stage].increment(seconds)
+                self._count[stage].increment(1)
+                if stage == "step":
+                    self._steps.increment(pictures)
+        except pb_utils.TritonModelException as error:  # no picture is lost for it
+            logging.warning("a metric is not counted: %s", error)
 
 
 class Sender:
