@@ -53,13 +53,18 @@ class RepositoryRequest:
     settings: EngineSettings = field(default_factory=EngineSettings)
 
 
+def check_repository(output: Path, *, force: bool) -> None:
+    """Refuse a folder that must not be replaced. Raises ExportError."""
+    check_target(output, force=force, marker=MARKER)
+
+
 def write_repository(request: RepositoryRequest, progress: Callable[[str], None] = lambda stage: None) -> Preview:
-    """Write the repository; its preview's map, which says how good it is.
+    """Write the repository, and give the map of its previews, which says how good it is.
 
     settings: of the engines that draw the pictures which the preview is fitted to. Raises ExportError, BundleError,
     EngineError.
     """
-    check_target(request.output, force=request.force, marker=MARKER)
+    check_repository(request.output, force=request.force)
     progress("verifying the bundle")
     bundle = bundles.load(request.bundle)
     if resolve(request.output).is_relative_to(bundle.root):
