@@ -30,11 +30,12 @@ from bksdm_runtime.request import RequestError
 from bksdm_runtime.schedule import ScheduleError
 from bksdm_runtime.served_request import Limits, LimitsError, Order
 from bksdm_runtime.strict_json import JsonError
+from bksdm_runtime.tokenizer import TokenizerError
 from bksdm_runtime.version import version
 
 BUNDLE_FOLDER, PREVIEW_FILE = "bundle", "preview.json"
 # What a server's operator can cause: each message is one sentence, and no traceback belongs to it.
-SERVICE_ERRORS = (BundleError, EngineError, LimitsError)
+SERVICE_ERRORS = (BundleError, EngineError, LimitsError, TokenizerError)
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from bksdm_export import triton_cli, triton_repository
+from bksdm_export import cli, triton_cli, triton_repository
 from bksdm_export.errors import ExportError
 from bksdm_export.triton_config import CORE, FRONT, Serving, core, front, warm_up_files
 from bksdm_export.triton_repository import RepositoryRequest, write_repository
@@ -307,6 +307,25 @@ def test_misuse_and_failure_are_one_sentence(
     assert says in captured.err
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_for_triton_writes_bundle_and_repository(
+    tmp_path: Path, fitted: Preview, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exported(request: Any, progress: object) -> Path:
+        assert request.precision == "fp32"
+        return Path(shutil.copytree(bundles.demo(), request.output))
+
+    monkeypatch.setattr("bksdm_export.recipe.export_variant", exported)
+    target = tmp_path / "demo"
+    arguments = ["--weights", "demo", "--target", "triton", "-o", str(target)]
+    assert cli.run(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [str(target), f"{target}-triton"]
+    assert bundles.load(tmp_path / "demo-triton" / CORE / "1" / "bundle").sha256 == bundles.load(target).sha256
+    shutil.rmtree(target)
+    assert cli.run(arguments) == 1  # before anything is exported
+    assert "demo-triton exists: choose another --output" in capsys.readouterr().err
+    assert not target.exists()
 
 
 def test_every_option_has_help() -> None:
