@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +15,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from bksdm_runtime.bundle import BundleError
 from bksdm_runtime.engine import EngineError, EngineSettings
 from bksdm_runtime.inflight import InFlight
 from bksdm_runtime.pipeline import Pipeline
 from bksdm_runtime.preview import Preview
 from bksdm_runtime.request import Request
 from bksdm_runtime.schedule import StepsError
-from bksdm_runtime.served_request import Order
-from bksdm_runtime.service import Refusal, Service
+from bksdm_runtime.served_request import Limits, LimitsError, Order
+from bksdm_runtime.service import Refusal, Service, open_service
 
 GREY = Preview(np.full((5, 3), 0.5, np.float32), 0.0, 1)
 LONG = 900
@@ -206,3 +208,76 @@ def test_closing_refuses_what_is_under_way(pipeline: Pipeline) -> None:
     service.close()
     assert running.wait().kind == "unavailable"
     assert asked(service).wait().kind == "unavailable"
+
+
+# A folder as a server finds it
+
+
+PARAMETERS = {
+    **Limits(sizes=((64, 64), (128, 64)), max_steps=8, steps=4, guidance_scale=7.5).to_parameters(),
+    "slots": "3",
+    "threads": "1",
+    "backend": "onnxruntime",
+}
+
+
+@pytest.fixture
+def folder(toy_bundle: Path, tmp_path: Path) -> Path:
+    shutil.copytree(toy_bundle, tmp_path / "bundle")
+    (tmp_path / "preview.json").write_text(GREY.to_json())
+    return tmp_path
+
+
+def unobserved(stage: str, seconds: float, pictures: int) -> None: ...
+
+
+def test_a_folder_opens_as_its_parameters_say(
+    folder: Path, pipeline: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        service, limits = open_service(folder, PARAMETERS, unobserved)
+    try:
+        assert limits.sizes == ((64, 64), (128, 64))
+        assert "64x128 px: evaluations are shared by (2, 4, 6) rows" in caplog.text
+        np.testing.assert_array_equal(asked(service).wait()[1], pipeline.draw([order().request])[0])
+    finally:
+        service.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"slots": "0"}, LimitsError, "parameter slots must be at least 1, found 0"),
+        ({"slots": "many"}, LimitsError, "parameter slots must be a whole number, found 'many'"),
+        ({"threads": "-1"}, LimitsError, "parameter threads must be a whole number, found '-1'"),
+        ({"sizes": "64"}, LimitsError, "is not WIDTHxHEIGHT"),
+        ({"backend": "abacus"}, EngineError, "backend 'abacus' is unknown: choose auto"),
+    ],
+)
+def test_parameters_that_make_no_sense_are_refused_in_one_sentence(
+    folder: Path, change: dict[str, str], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        open_service(folder, {**PARAMETERS, **change}, unobserved)
+
+
+def test_a_damaged_bundle_is_refused(folder: Path) -> None:
+    notice = folder / "bundle" / "LICENSE"
+    notice.write_text(notice.read_text().swapcase())
+    with pytest.raises(BundleError, match="LICENSE was changed or damaged"):
+        open_service(folder, PARAMETERS, unobserved)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, r"preview\.json cannot be read: No such file"),
+        ("{", r"preview\.json: is not JSON"),
+        (Preview(np.zeros((17, 3), np.float32), 0.0, 1).to_json(), r"preview\.json is of another model"),
+    ],
+)
+def test_a_preview_that_does_not_fit_is_refused(folder: Path, content: str | None, says: str) -> None:
+    path = folder / "preview.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(BundleError, match=says):
+        open_service(folder, PARAMETERS, unobserved)
