@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
+from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,6 +25,8 @@ from bksdm_runtime.service import SERVICE_ERRORS, Refusal, open_service
 
 # By name: while this file is imported, the module has nothing yet of what Triton puts into it.
 _CODES = {"invalid": "INVALID_ARG", "internal": "INTERNAL", "unavailable": "UNAVAILABLE", "cancelled": "CANCELLED"}
+_STEP_OUTPUTS = {"step", "of_steps", "preview_image"}
+_TOLD_EVERY = 0.25  # seconds
 _STAGES = ("queue", "text", "step", "decode", "encode")
 
 
@@ -29,11 +34,14 @@ class Metrics:
     """Counters beside Triton's own; a stage's mean duration is its seconds over its count."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self._lock, self._telling = Lock(), Lock()
         self._families: list[Any] = []  # kept: one that is collected takes its metrics along
+        self._counters: dict[tuple[str, str], Any] = {}
+        self._waiting: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self._told = 0.0
 
     def start(self) -> None:
-        """Make the counters; until then nothing is counted.
+        """Make the counters; until then what is observed waits.
 
         Only where nothing of a load can fail any more: then Triton 2.51 dies of a segmentation fault.
         """
@@ -47,20 +55,29 @@ class Metrics:
             )
         ]
         seconds, count, steps = families
-        self._seconds = {stage: seconds.Metric(labels={"stage": stage}) for stage in _STAGES}
-        self._count = {stage: count.Metric(labels={"stage": stage}) for stage in _STAGES}
-        self._steps = steps.Metric(labels={})
-        self._families = families
+        counters: dict[tuple[str, str], Any] = {("", "steps"): steps.Metric(labels={})}
+        for stage in _STAGES:
+            counters[stage, "seconds"] = seconds.Metric(labels={"stage": stage})
+            counters[stage, "count"] = count.Metric(labels={"stage": stage})
+        self._families, self._counters = families, counters
 
     def observe(self, stage: str, seconds: float, pictures: int) -> None:
-        if not self._families:
-            return
+        with self._lock:  # two threads observe
+            self._waiting[stage, "seconds"] += seconds
+            self._waiting[stage, "count"] += 1
+            if stage == "step":
+                self._waiting["", "steps"] += pictures
+            # A counter is a call to another process, 0.4 ms. "encode" comes from a thread that keeps no step waiting;
+            # the one that draws makes them only where pictures take long.
+            now = time.monotonic()
+            if not self._counters or (stage != "encode" and now - self._told < _TOLD_EVERY):
+                return
+            self._told = now
+            waiting, self._waiting = self._waiting, defaultdict(float)
         try:
-            with self._lock:  # two threads tell
-                self._seconds[stage].increment(seconds)
-                self._count[stage].increment(1)
-                if stage == "step":
-                    self._steps.increment(pictures)
+            with self._telling:
+                for key, value in waiting.items():
+                    self._counters[key].increment(value)
         except pb_utils.TritonModelException as error:  # no picture is lost for it
             logging.warning("a metric is not counted: %s", error)
 
@@ -68,13 +85,16 @@ class Metrics:
 class Sender:
     """One client's answers, as Triton's responses; see `service.Answers`."""
 
-    def __init__(self, sender: Any) -> None:
+    def __init__(self, sender: Any, wanted: Collection[str]) -> None:
         self._sender = sender
+        self._sends_steps = not _STEP_OUTPUTS.isdisjoint(wanted)
 
     def is_cancelled(self) -> bool:
         return self._sender.is_cancelled()
 
     def step(self, index: int, total: int, preview: Any) -> None:
+        if not self._sends_steps:  # the front asks for a picture alone
+            return
         tensors = {"step": _one(index + 1, np.int32), "of_steps": _one(total, np.int32)}
         if preview is not None:
             tensors["preview_image"] = preview[None]  # [1, h, w, 3]
@@ -108,7 +128,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sender = Sender(request.get_response_sender())
+            sender = Sender(request.get_response_sender(), request.requested_output_names())
             try:
                 tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
                 order = read({name: array for name, array in tensors.items() if name in FIELDS}, self._limits)
