@@ -40,6 +40,7 @@ class Serving:
 
     fronts: requests that may wait for their picture over HTTP or unary gRPC, each a small process.
     max_queue, queue_seconds: how many requests may wait for a slot, and for how long; more are refused, UNAVAILABLE.
+    A batch that the core has taken from the queue, of at most as many requests as there are slots, waits on unlimited.
     backend, threads: of the engines, as bksdm-run's; threads 0 for one per core.
     """
 

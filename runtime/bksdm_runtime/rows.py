@@ -4,7 +4,8 @@ A backend picks its kernels by the shape of a call, and two kernels may add up i
 a sample depends on how many stand beside it. So pictures are evaluated only in counts of rows whose samples were seen
 equal, bit for bit, to those of two rows, which are one guided picture alone. Measured on the demo's U-Net with the
 probes below and with random ones (96 samples, 1 to 16 rows): ONNX Runtime 1.32 and OpenVINO 2026.4 in f32, every count
-is equal; OpenVINO in bf16, every count but 1, which alone differs in 4 samples of 96.
+is equal; OpenVINO in bf16, every count but 1, which alone differs in 4 samples of 96: there an unguided picture may
+differ from bksdm-run's, which evaluates it alone, and is the same in all that share evaluations.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-triton"
+_REGION = "triton_python_backend_shm_region_"
 _STARTS_IN = 120  # seconds, on two busy cores; 6 measured on idle ones
 
 
@@ -94,7 +95,9 @@ class Server:
             )
 
     def stop(self) -> None:
-        """End it and every process of its own that is left."""
+        """End it and every process of its own that is left, with their shared memory."""
+        # Unloading takes a second an instance, and past --exit-timeout-secs it leaves 1 MiB of each behind.
+        regions = {word for words in self._stubs().values() for word in words if word.startswith(_REGION)}
         if self.process.poll() is None:
             self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -102,6 +105,8 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(20)
+        for region in regions:
+            (Path("/dev/shm") / region.removeprefix("/")).unlink(missing_ok=True)
 
     def wait_until_ready(self, seconds: float = _STARTS_IN) -> None:
         until = time.monotonic() + seconds
@@ -154,15 +159,19 @@ class Server:
 
     def stubs(self, model: str) -> list[int]:
         """The processes that run a model's Python."""
-        found = []
+        path = str(self.repository / model / "1" / "model.py")
+        return [pid for pid, words in self._stubs().items() if path in words]
+
+    def _stubs(self) -> dict[int, list[str]]:
+        """Arguments of this server's processes that run Python, by their id."""
+        found: dict[int, list[str]] = {}
         for folder in Path("/proc").iterdir():
             try:
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            except (OSError, NotADirectoryError):
+            except OSError:
                 continue
-            is_stub = words[0].endswith("triton_python_backend_stub") and f"/{model}/1/model.py" in " ".join(words)
-            if is_stub and str(self.repository) in " ".join(words):
-                found.append(int(folder.name))
+            if words[0].endswith("triton_python_backend_stub") and any(str(self.repository) in word for word in words):
+                found[int(folder.name)] = words
         return found
 
 
