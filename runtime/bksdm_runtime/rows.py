@@ -42,6 +42,8 @@ def equal_counts(engine: Engine, one: Mapping[str, tuple[int, ...]], most: int) 
         candidates = sorted({*candidates, *(count // 2 * 3 for count in candidates if count > LEAST)})
     candidates = [count for count in candidates if LEAST < count <= most]
     if isinstance(engine, Bounded):
+        if not engine.holds(_shapes(one, LEAST)):
+            return ()
         candidates = [count for count in candidates if engine.holds(_shapes(one, count))]
     probes = _PROBES_OF_LARGE if math.prod(one["sample"][1:]) > _LARGE else _PROBES
     order = np.arange(probes if candidates else LEAST)

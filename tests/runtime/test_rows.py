@@ -65,6 +65,13 @@ def test_one_is_not_asked_for_what_it_was_not_built_for() -> None:
     assert set(engine.tried) == {2, 6}
 
 
+def test_one_that_was_built_for_a_single_row_shares_nothing() -> None:
+    engine = Built()
+    engine.holds = lambda shapes: shapes["sample"][0] == 1  # type: ignore[method-assign]
+    assert equal_counts(engine, ONE, 16) == ()
+    assert engine.tried == []
+
+
 def test_a_single_row_is_never_evaluated() -> None:
     engine = Engine()
     assert equal_counts(engine, ONE, 1) == (2,)
