@@ -194,9 +194,8 @@ def command(
     try:
         if target == "tensorrt":
             can_build()  # told before minutes have passed
-        repository = output.with_name(f"{output.name}-triton")
         if target == "triton":
-            check_repository(repository, force=force)
+            check_repository(_repository(output), force=force)
         request = ExportRequest(
             output=output,
             variant=variant,
@@ -231,14 +230,14 @@ def command(
         click.echo(engines_table(built), err=True)
     if target == "triton":
         try:
-            write_repository(RepositoryRequest(folder, repository, force=force), progress)
+            write_repository(RepositoryRequest(folder, _repository(output), force=force), progress)
         except (ExportError, BundleError, EngineError) as error:
             click.echo(f"{_PROGRAM}: {error} (the bundle is whole: go on with bksdm-triton {folder})", err=True)
             return 1
     click.echo(table(folder))
     click.echo(str(folder))
     if target == "triton":
-        click.echo(str(repository))
+        click.echo(str(_repository(output)))
     return 0
 
 
@@ -283,6 +282,12 @@ def default_output(
     if step_cache:
         name += "-step-cache"
     return Path("out") / name
+
+
+def _repository(output: Path) -> Path:
+    """The folder of --target triton's repository, beside the bundle's."""
+    # abspath: of "." the name is that of the folder you are in.
+    return output.parent / f"{output.name}-triton" if output.name else Path(f"{os.path.abspath(output)}-triton")  # noqa: PTH100
 
 
 def _name(path: str) -> str:

@@ -37,6 +37,7 @@ class Server:
         self.config = config
         self.http, self.grpc, self.metrics_port = _free_ports(3)
         self.log = folder / "tritonserver.log"
+        self._regions: set[str] = set()
 
     def __enter__(self) -> Server:
         self.start()
@@ -97,7 +98,7 @@ class Server:
     def stop(self) -> None:
         """End it and every process of its own that is left, with their shared memory."""
         # Unloading takes a second an instance, and past --exit-timeout-secs it leaves 1 MiB of each behind.
-        regions = {word for words in self._stubs().values() for word in words if word.startswith(_REGION)}
+        self._note_regions()
         if self.process.poll() is None:
             self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -105,8 +106,11 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(20)
-        for region in regions:
-            (Path("/dev/shm") / region.removeprefix("/")).unlink(missing_ok=True)
+        for region in self._regions:
+            (Path("/dev/shm") / region).unlink(missing_ok=True)
+
+    def _note_regions(self) -> None:
+        self._regions |= {word for words in self._stubs().values() for word in words if word.startswith(_REGION)}
 
     def wait_until_ready(self, seconds: float = _STARTS_IN) -> None:
         until = time.monotonic() + seconds
@@ -114,6 +118,7 @@ class Server:
             if self.process.poll() is not None:
                 raise RuntimeError(f"tritonserver ended with {self.process.returncode}:\n{self.said()[-4000:]}")
             if self.status("/v2/health/ready") == 200:
+                self._note_regions()  # now too: that of a stub that is killed later stays for ever
                 return
             time.sleep(0.1)
         raise TimeoutError(f"tritonserver is not ready after {seconds} s:\n{self.said()[-4000:]}")
