@@ -1,6 +1,6 @@
 # make run PROMPT="a red apple"    a picture from the demo model, torch-free
 # make test                        the development environment and every quick test
-# make check, slow, exhaustive, gpu-check, wheel-check, newest-check, demo, demo-teacher: see each
+# make check, slow, exhaustive, triton-check, gpu-check, wheel-check, newest-check, demo, demo-teacher: see each
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PROMPT ?= a red apple
 export OUTPUT ?= out/picture.png
@@ -8,7 +8,7 @@ SLOW ?= tests
 # Tests side by side, a file in one process; each takes one core and 1.5 GB, of the slow ones up to 6 GB.
 JOBS ?= 2
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile
-QUICK := not slow and not exhaustive and not gpu
+QUICK := not slow and not exhaustive and not gpu and not triton
 # What touches diffusers or transformers; the runtime imports neither, and of the export one whole run is enough.
 NEWEST_TESTS ?= tests/bksdm tests/evaluation tests/training $(addprefix tests/export/test_,reference.py wrappers.py \
 	cli.py::test_an_export_prints_a_table_and_the_path)
@@ -16,9 +16,10 @@ RUN := .venv-run
 DEV := .venv
 NEWEST := .venv-newest
 GPU := .venv-gpu
+TRITON := .venv-triton
 BIN := $(DEV)/bin
 
-.PHONY: run test check format lint types contracts slow exhaustive gpu-check wheel-check newest-check demo demo-teacher clean
+.PHONY: run test check format lint types contracts slow exhaustive triton-check gpu-check wheel-check newest-check demo demo-teacher clean
 
 run: $(RUN)/.ready
 	@mkdir -p "$$(dirname "$$OUTPUT")"
@@ -46,6 +47,9 @@ slow: $(DEV)/.ready           # full-size graphs, kills, whole trainings: minute
 
 exhaustive: $(DEV)/.ready     # every size and variant of what `slow` has a few of
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) --no-loadscope-reorder -m exhaustive
+
+triton-check: $(DEV)/.ready $(TRITON)/.ready   # the model repository on a real tritonserver, without a container
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m triton tests/triton
 
 gpu-check: $(GPU)/.ready      # what needs a CUDA device; each test's name as it ends
 	@$(GPU)/bin/python -c "from bksdm_runtime.engine import has_cuda; raise SystemExit(None if has_cuda() else 'gpu-check: no CUDA device here, nothing was checked')"
@@ -86,6 +90,13 @@ $(GPU)/.ready: pyproject.toml constraints.txt
 	-$(GPU)/bin/python -m pip install --quiet "tensorrt>=10"   # from NVIDIA's own index; its tests are left out without it
 	@touch $@
 
+# tritonserver 2.51 and its Python backend; what its models import is the runtime alone.
+$(TRITON)/.ready: pyproject.toml constraints-triton.txt
+	$(PYTHON) -m venv --clear $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --no-deps $$(grep '^nvidia-pytriton==' constraints-triton.txt)
+	$(TRITON)/bin/python -m pip install --quiet -c constraints-triton.txt -e ".[cpu]"
+	@touch $@
+
 demo: $(DEV)/.ready           # distil the demo, its teacher's small student, anew and put it in its two places
 	test -d data/emoji || $(BIN)/bksdm-train data -o data/emoji --sources fluent --groups animals-nature,food-drink
 	$(BIN)/bksdm-train cache --teacher checkpoints/demo-teacher --data data/emoji/train -o runs/demo-cache --no-flip
@@ -112,4 +123,4 @@ demo-teacher: $(DEV)/.ready   # train the demo's teacher anew, in the two runs t
 		-o checkpoints/demo-teacher/scores.json
 
 clean:
-	rm -rf $(RUN) $(DEV) $(NEWEST) $(GPU) dist build .pytest_cache .ruff_cache
+	rm -rf $(RUN) $(DEV) $(NEWEST) $(GPU) $(TRITON) dist build .pytest_cache .ruff_cache

@@ -20,7 +20,7 @@ from bksdm_runtime.version import version
 _PROGRAM = "bksdm-export"
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _DEFAULT_VARIANT = "small"
-TARGETS = ("onnx", "tensorrt")
+TARGETS = ("onnx", "tensorrt", "triton")
 _WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".pkl")
 _LORA_FILE = "pytorch_lora_weights.safetensors"  # bksdm.lora.FILE, which needs torch
 # What the export extra brings.
@@ -85,7 +85,8 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     type=click.Choice(TARGETS),
     default="onnx",
     show_default=True,
-    help="tensorrt: an fp16 bundle, and engines of it for the GPU here, as bksdm-build makes them.",
+    help="tensorrt: an fp16 bundle, and engines of it for the GPU here, as bksdm-build makes them. "
+    "triton: a bundle, and beside it a model repository that serves it, as bksdm-triton writes one.",
 )
 @click.option(
     "--verify",
@@ -135,7 +136,7 @@ def command(
     bksdm-export --variant small --lora runs/dog --lora-scale 0.8
     """
     if precision is None:
-        precision = "fp32" if target == "onnx" else "fp16"
+        precision = "fp16" if target == "tensorrt" else "fp32"
     if target == "tensorrt" and precision != "fp16":
         raise click.UsageError(f"--target tensorrt is for --precision fp16, and this is {precision}: leave it out")
     if seed is not None and weights != "random":
@@ -167,7 +168,9 @@ def command(
         from bksdm_export.report import table
         from bksdm_export.tensorrt_versions import MissingLibrary
         from bksdm_export.to_tensorrt import BuildRequest, build_engines, can_build
+        from bksdm_export.triton_repository import RepositoryRequest, check_repository, write_repository
         from bksdm_runtime.bundle import BundleError
+        from bksdm_runtime.engine import EngineError
 
         if precision == "int8":
             import nncf  # noqa: F401 - as above
@@ -200,6 +203,8 @@ def command(
     try:
         if target == "tensorrt":
             can_build()  # told before minutes have passed
+        if target == "triton":
+            check_repository(_repository(output), force=force)
         request = ExportRequest(
             output=output,
             variant=variant,
@@ -233,8 +238,16 @@ def command(
             click.echo(f"{_PROGRAM}: {error} (the bundle is whole: go on with bksdm-build {folder})", err=True)
             return 1
         click.echo(engines_table(built), err=True)
+    if target == "triton":
+        try:
+            write_repository(RepositoryRequest(folder, _repository(output), force=force), progress)
+        except (ExportError, BundleError, EngineError) as error:
+            click.echo(f"{_PROGRAM}: {error} (the bundle is whole: go on with bksdm-triton {folder})", err=True)
+            return 1
     click.echo(table(folder))
     click.echo(str(folder))
+    if target == "triton":
+        click.echo(str(_repository(output)))
     return 0
 
 
@@ -282,6 +295,12 @@ def default_output(
     if token_downsampling > 1:
         name += f"-tokens-by-{token_downsampling}"
     return Path("out") / name
+
+
+def _repository(output: Path) -> Path:
+    """The folder of --target triton's repository, beside the bundle's."""
+    # abspath: of "." the name is that of the folder you are in.
+    return output.parent / f"{output.name}-triton" if output.name else Path(f"{os.path.abspath(output)}-triton")  # noqa: PTH100
 
 
 def _name(path: str) -> str:

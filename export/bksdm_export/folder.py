@@ -35,12 +35,15 @@ def resolve(target: Path) -> Path:
         raise ExportError(f"cannot write to {target}: {error.strerror}: choose another --output") from error
 
 
-def check_target(target: Path, *, force: bool) -> None:
-    """Refuse a target that must not be replaced, and clear away what killed exports to it left. Raises ExportError."""
+def check_target(target: Path, *, force: bool, marker: str = MANIFEST_NAME) -> None:
+    """Refuse a target that must not be replaced, and clear away what killed exports to it left. Raises ExportError.
+
+    marker: a file that every folder of the kind that is written here has; one without it is never replaced.
+    """
     target = resolve(target)
     try:
         _clear_leftovers(target)
-        _refuse(target, force=force)
+        _refuse(target, force=force, marker=marker)
     except OSError as error:  # a name too long, a parent that is closed, or a file, or that was deleted
         raise ExportError(f"cannot write to {target}: {error.strerror}: choose another --output") from error
 
@@ -56,19 +59,20 @@ def check_space(folder: Path, expected: int) -> None:
 
 
 @contextmanager
-def whole_or_nothing(target: Path, *, force: bool = False) -> Iterator[Path]:
+def whole_or_nothing(target: Path, *, force: bool = False, marker: str = MANIFEST_NAME) -> Iterator[Path]:
     """Give an empty folder on the target's disk, which takes its place when the block ends well.
 
     Otherwise it is removed; what a killed export left is removed by the next one to the same target. Of an old bundle
-    every file stays in place until the new one is whole. Raises ExportError, also for an OSError of the block.
+    every file stays in place until the new one is whole. marker: see check_target. Raises ExportError, also for an
+    OSError of the block.
     """
-    check_target(target, force=force)
+    check_target(target, force=force, marker=marker)
     target = resolve(target)
     with _partial_folder(target) as partial:
         try:
             (partial / _NEW).mkdir()
             yield partial / _NEW
-            _refuse(target, force=force)  # again: minutes have passed
+            _refuse(target, force=force, marker=marker)  # again: minutes have passed
             if target.exists():  # no rename replaces a folder that is not empty
                 target.rename(partial / _OLD)
             (partial / _NEW).rename(target)
@@ -76,7 +80,7 @@ def whole_or_nothing(target: Path, *, force: bool = False) -> Iterator[Path]:
             raise ExportError(f"{target} is not written: {_reason(error, target.parent)}") from error
 
 
-def _refuse(target: Path, *, force: bool) -> None:
+def _refuse(target: Path, *, force: bool, marker: str) -> None:
     try:
         target.stat()
     except FileNotFoundError:
@@ -86,8 +90,9 @@ def _refuse(target: Path, *, force: bool) -> None:
     if os.path.ismount(target):
         raise ExportError(f"{target} is a mount point, which no folder replaces: choose a folder in it as --output")
     if any(target.iterdir()):
-        if not (target / MANIFEST_NAME).is_file():
-            raise ExportError(f"{target} holds something that is not a bundle: choose another --output")
+        if not (target / marker).is_file():
+            kind = "bundle" if marker == MANIFEST_NAME else "model repository"
+            raise ExportError(f"{target} holds something that is not a {kind}: choose another --output")
         if not force:
             raise ExportError(f"{target} exists: choose another --output, or replace it with --force")
     if Path.cwd().is_relative_to(target):

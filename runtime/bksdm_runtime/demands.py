@@ -48,12 +48,29 @@ def demands(batch: Batch, bundle: Bundle) -> dict[str, list[Shapes]]:
         if now.full:
             found["unet"].append(shapes)
         else:
-            [deep] = [spec for spec in bundle.manifest.components["unet"].outputs if spec.name == DEEP]
-            width = cast(int, deep.axes[1])
-            found.setdefault("unet_shallow", []).append({**shapes, DEEP: (shapes["timestep"][0], width, h, w)})
+            shape = deep_shape(bundle, h, w)
+            found.setdefault("unet_shallow", []).append({**shapes, DEEP: (shapes["timestep"][0], *shape)})
     if any(request.init_image is not None for request in batch.requests):
         found["vae_encoder"] = [{"sample": (1, 3, batch.height, batch.width)}]
     return found
+
+
+def deep_shape(bundle: Bundle, h: int, w: int) -> tuple[int, int, int]:
+    """[F, h, w]: the deep features of one row, which the shallow U-Net takes."""
+    [deep] = [spec for spec in bundle.manifest.components["unet"].outputs if spec.name == DEEP]
+    return cast(int, deep.axes[1]), h, w
+
+
+def of_evaluation(bundle: Bundle, height: int, width: int, *, full: bool) -> Shapes:
+    """Inputs of the U-Net, or of the shallow one, without their rows."""
+    model = bundle.manifest.model
+    h, w = height // model.vae_scale_factor, width // model.vae_scale_factor
+    shapes: Shapes = {
+        "sample": (model.latent_channels, h, w),
+        "timestep": (),
+        "encoder_hidden_states": (model.tokens, model.context_dim),
+    }
+    return shapes if full else {**shapes, DEEP: deep_shape(bundle, h, w)}
 
 
 def lacking(batch: Batch, component: str, bundle: Bundle, engine_of: EngineOf) -> Shapes | None:

@@ -44,6 +44,8 @@ class EngineSettings:
     pinning: whether OpenVINO ties its threads to cores.
     compiled_cache: a folder that keeps what OpenVINO or TensorRT-RTX compiled, for the next process; None keeps
     nothing.
+    kept_shapes: how many shapes of a graph OpenVINO keeps compiled, each with its own copy of the weights, see
+    docs/cpu.md. A run alternates between at most two: a whole and a last batch, or steps with and without guidance.
     """
 
     backend: str = "auto"
@@ -51,6 +53,7 @@ class EngineSettings:
     arithmetic: str = "auto"
     pinning: bool = False
     compiled_cache: Path | None = None
+    kept_shapes: int = 2
 
 
 DEFAULT_SETTINGS = EngineSettings()

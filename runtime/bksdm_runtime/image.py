@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +103,26 @@ def open_image(path: Path) -> Image.Image:
 
 def save_png(path: Path, pixels: NDArray[np.uint8], request: Request, provenance: Provenance) -> None:
     """Write [H, W, 3] uint8 as PNG with the request in text chunks; whole or not at all. Raises ImageError."""
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.part")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                _write_png(file, pixels, request, provenance)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def encode_png(pixels: NDArray[np.uint8], request: Request, provenance: Provenance) -> bytes:
+    """The content of the file that save_png writes."""
+    buffer = io.BytesIO()
+    _write_png(buffer, pixels, request, provenance)
+    return buffer.getvalue()
+
+
+def _write_png(file: IO[bytes], pixels: NDArray[np.uint8], request: Request, provenance: Provenance) -> None:
     height, width = pixels.shape[:2]
     chunks = PngImagePlugin.PngInfo()
     for name, text in _texts(request, provenance, height, width).items():
@@ -109,16 +130,7 @@ def save_png(path: Path, pixels: NDArray[np.uint8], request: Request, provenance
             chunks.add_text(name, text)
         else:
             chunks.add_itxt(name, text)  # UTF-8; a plain chunk is Latin-1
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.part")
-    try:
-        try:
-            with temporary.open("wb") as file:
-                Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ImageError(f"{path} cannot be written: {error.strerror or error}") from None
+    Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
 
 
 def read_request(path: Path) -> tuple[Request, Provenance]:

@@ -38,6 +38,7 @@ from bksdm_runtime.noise import Generator as NoiseGenerator
 from bksdm_runtime.noise import open_generator
 from bksdm_runtime.request import Request, RequestError, check_latents, check_size, check_tile
 from bksdm_runtime.schedule import Schedule
+from bksdm_runtime.stepping import History, first_latents, guided, next_latents
 from bksdm_runtime.tiles import decode_tiles
 from bksdm_runtime.tokenizer import Tokenizer
 
@@ -102,11 +103,9 @@ def sample(
     """
     f = np.float32
     planned = evaluations or plan_evaluations(len(schedule.timesteps), guided=guidance is not None)
-    x = noise * f(schedule.initial[1])  # [B, C, h, w]
-    if clean is not None:
-        x = clean * f(schedule.initial[0]) + x
+    x = first_latents(schedule, noise, clean)  # [B, C, h, w]
     deep = np.empty(0, f)
-    history: list[Array] = []  # newest first, as long as a row of b
+    history: History = ()
     for i, (timestep, now) in enumerate(zip(schedule.timesteps, planned, strict=True)):
         model_input = x * f(schedule.input_scale[i])
         if now.guided:
@@ -123,14 +122,8 @@ def sample(
         deep = cast(Array, outputs.get(DEEP, deep))  # [2B, F, h, w], or [B, F, h, w] unguided
         output = cast(Array, outputs["out_sample"])
         if now.guided and guidance is not None:
-            negative, positive = np.split(output, 2)
-            output = negative + guidance[:, None, None, None] * (positive - negative)  # [B, C, h, w]
-        remembered = x * f(schedule.keep[i, 0]) + output * f(schedule.keep[i, 1])
-        history = [remembered, *history][: schedule.b.shape[1]]
-        x = x * f(schedule.a[i])
-        for weight, past in zip(schedule.b[i], history, strict=False):
-            if weight:
-                x = x + past * f(weight)
+            output = guided(output, guidance)  # [B, C, h, w]
+        x, history = next_latents(schedule, i, x, output, history)
         yield float(timestep), x
 
 
@@ -239,9 +232,9 @@ class Pipeline:
             largest = LARGEST_AUTOMATIC_BATCH if batch_size is None else batch_size
             batches, pictures = check(self.bundle, requests, batch_size=largest)
             if batch_size is None:  # what it takes at once was decided when it was built
-                batches = [part for batch in batches for part in demands.split(batch, self.bundle, self._engine)]
+                batches = [part for batch in batches for part in demands.split(batch, self.bundle, self.engine)]
             for batch in batches:
-                demands.refuse(batch, self.bundle, self._engine)
+                demands.refuse(batch, self.bundle, self.engine)
         else:
             batches, pictures = check(self.bundle, requests, batch_size=batch_size, memory_budget=memory_budget)
         return self._generate(batches, pictures)
@@ -288,7 +281,7 @@ class Pipeline:
 
     def encode_image(self, image: Image.Image, height: int, width: int, generator: NoiseGenerator) -> Array:
         """A picture, resized -> latents [C, h, w] drawn from the VAE's posterior, as diffusers' image-to-image does."""
-        parameters = _run(self._engine("vae_encoder"), "latent_parameters", sample=from_image(image, height, width))[0]
+        parameters = _run(self.engine("vae_encoder"), "latent_parameters", sample=from_image(image, height, width))[0]
         mean, log_variance = np.split(parameters, 2)  # [C, h, w] each
         # The bounds are diffusers' DiagonalGaussianDistribution's.
         bounded: Array = np.minimum(np.maximum(log_variance, -30), 20)
@@ -312,7 +305,7 @@ class Pipeline:
                     contexts[text] = self.encode_text(text)
             context = np.stack([contexts[text] for text in texts])  # [2B, 77, D], or [B, 77, D] unguided
             guidance = np.array([r.guidance for r in batch.requests], np.float32) if guided else None
-            clean, noise = self._start(batch, pictures)
+            clean, noise = self.start(batch, pictures)
             latents = noise
             unet = self._engines["unet"]
             walk = unet.sample if isinstance(unet, Sampler) else partial(sample, unet)
@@ -323,7 +316,7 @@ class Pipeline:
                 guidance,
                 clean,
                 evaluations=batch.evaluations,
-                shallow=None if all(now.full for now in batch.evaluations) else self._engine("unet_shallow"),
+                shallow=None if all(now.full for now in batch.evaluations) else self.engine("unet_shallow"),
             )
             for index, (timestep, latents) in enumerate(steps):
                 preview = partial(self.decode, latents, batch.requests[0].vae_tile)
@@ -350,13 +343,13 @@ class Pipeline:
         if preparing:
             Thread(target=prepare).start()  # no daemon: the library must end before us
 
-    def _engine(self, component: str) -> Engine:
+    def engine(self, component: str) -> Engine:
         """One that only some requests need, opened when the first of them comes."""
         if component not in self._engines:
             self._engines[component] = open_engine(self.bundle, component, self._settings)
         return self._engines[component]
 
-    def _start(self, batch: Batch, pictures: Mapping[Path, Image.Image]) -> tuple[Array | None, Array]:
+    def start(self, batch: Batch, pictures: Mapping[Path, Image.Image]) -> tuple[Array | None, Array]:
         """Clean latents (None without init images) and noise, [B, C, h, w] each, every image from its own generator."""
         clean: list[Array] = []
         noise: list[Array] = []

@@ -21,7 +21,8 @@ from PIL import Image
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime import plans
 from bksdm_runtime.backends import plan_engine, rtx
-from bksdm_runtime.engine import EngineSettings, Sampler
+from bksdm_runtime.engine import EngineError, EngineSettings, Sampler
+from bksdm_runtime.inflight import Drawn, Event, InFlight
 from bksdm_runtime.pipeline import Pipeline, Step, sample
 from tests.runtime.standin import (
     HERE,
@@ -56,6 +57,24 @@ def test_a_batch_an_init_image_and_one_picture_after_another(bundle: Path) -> No
     for requests in (batch, [drawn], [PLAIN], [replace(PLAIN, steps=3)], batch):
         assert differ(on_device, host, *requests) < 2e-6
     np.testing.assert_array_equal(on_device.draw([PLAIN])[0], host.draw([PLAIN])[0])
+
+
+@pytest.mark.usefixtures("driver")
+def test_pictures_in_flight_share_what_the_engine_was_built_for(bundle: Path) -> None:
+    pipeline = Pipeline.open(bundle, ON_PLANS)
+    requests = [replace(PLAIN, seed=seed, steps=2 + seed, guidance_scale=1.5 + seed) for seed in range(6)]
+    under_way = InFlight(pipeline, slots=6)
+    assert under_way.counts(64, 128) == (2, 4, 6, 8)  # of 12, eight rows being the most
+    asked = {under_way.admit(request): request for request in requests}
+    events: list[Event] = []
+    while len(under_way):
+        events += under_way.advance()
+    drawn = {event.ticket: event.pixels for event in events if isinstance(event, Drawn)}
+    assert drawn.keys() == asked.keys()
+    for ticket, pixels in drawn.items():
+        np.testing.assert_array_equal(pixels, pipeline.draw([asked[ticket]])[0])
+    with pytest.raises(EngineError, match="not built for 1 picture at once of 128x1088 px"):
+        under_way.admit(replace(PLAIN, height=1088))
 
 
 @pytest.mark.parametrize("changes", CACHED.values(), ids=CACHED)

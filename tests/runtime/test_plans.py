@@ -183,7 +183,7 @@ def test_batches_are_as_few_as_the_engine_was_built_for(toy_bundle: Path, tmp_pa
         pipeline = Pipeline.open(folder, ON_PLANS)
         asked = [replace(PLAIN, seed=seed) for seed in range(count)]
         [whole] = check(pipeline.bundle, asked, batch_size=16)[0]
-        parts = demands.split(whole, pipeline.bundle, pipeline._engine)
+        parts = demands.split(whole, pipeline.bundle, pipeline.engine)
         assert [position for part in parts for position in part.positions] == list(range(count))
         return [len(part.requests) for part in parts]
 

@@ -28,10 +28,6 @@ log = logging.getLogger(__name__)
 
 _library = cast(Any, openvino)  # its own types say little; what comes out of it is cast where it arrives
 
-# Shapes kept compiled. A run alternates between at most two (a whole and a last batch, or steps with and without
-# guidance); each holds its own copy of the weights, see docs/cpu.md.
-_KEPT_SHAPES = 2
-
 _DECOMPRESSION = "decompression_0"  # what ov::mark_as_decompression sets; only its presence is read
 
 _DTYPES = {"f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64"}
@@ -87,6 +83,7 @@ class OvEngine:
         self.threads = threads
         self._bundle = bundle
         self._cache = settings.compiled_cache
+        self._kept = settings.kept_shapes
         self._config = _config(arithmetic, threads, settings.pinning)
         self._model: _Model | None = None
         self._compiled: OrderedDict[Shapes, _Ready] = OrderedDict()
@@ -121,8 +118,10 @@ class OvEngine:
     def _for_shapes(self, shapes: Shapes) -> _Ready:
         with self._compiling:
             if shapes not in self._compiled:
-                while len(self._compiled) >= _KEPT_SHAPES:
-                    self._compiled.popitem(last=False)  # before the next one is compiled: two in memory, not three
+                while len(self._compiled) >= self._kept:
+                    self._compiled.popitem(
+                        last=False
+                    )  # before the next one is compiled: no more in memory than are kept
                 self._compiled[shapes] = self._compile(shapes)
             self._compiled.move_to_end(shapes)
             return self._compiled[shapes]
