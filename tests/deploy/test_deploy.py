@@ -151,8 +151,9 @@ def test_liveness_is_an_inference_and_gives_it_its_time(container: dict[str, Any
     options = dict(zip(flags[::2], flags[1::2], strict=True))
     [http] = [port["containerPort"] for port in container["ports"] if port["name"] == "http"]
     assert options["--url"] == f"http://127.0.0.1:{http}"
-    # Three questions of at most 5 s each beside the picture.
+    # Three quick questions of at most 5 s each beside the picture.
     assert probe["timeoutSeconds"] >= float(options["--timeout"]) + 15
+    assert probe["terminationGracePeriodSeconds"] < seconds_to_exit(container["args"])
 
 
 def test_every_selector_finds_the_pods(overlay: list[dict[str, Any]], pod: dict[str, Any]) -> None:
@@ -331,5 +332,9 @@ def test_no_image_names_a_registry() -> None:
 )
 def test_no_address_and_no_secret_stands_in(path: Path) -> None:
     text = path.read_text().replace("automountServiceAccountToken", "")
-    assert set(re.findall(r"\b\w+://[\w.:/-]*\w", text)) <= {"http://127.0.0.1:8000", "http://host:port"}
+    assert set(re.findall(r"\b\w+://[\w.:/-]*\w", text)) <= {
+        "http://127.0.0.1:8000",
+        "http://127.0.0.1:8002",
+        "http://host:port",
+    }
     assert not re.search(r"(?i)password|secret|token(?!izers)|api.?key|private key", text)

@@ -16,20 +16,25 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "deploy" / "liveness.py"
-PICTURE = {"png_b64": base64.b64encode(b"\x89PNG\r\n\x1a\n...").decode(), "seed_used": 7}
+PNG_B64 = base64.b64encode(b"\x89PNG\r\n\x1a\n...").decode()
+FULL = 503, {"error": "Model txt2img_core - Error when running inference: Exceeds maximum queue size"}
+
+
+def answer(*data: object) -> dict[str, object]:
+    return {"outputs": [{"name": "png_b64", "datatype": "BYTES", "shape": [len(data)], "data": list(data)}]}
 
 
 class Triton(ThreadingHTTPServer):
-    """generate: status and answer to a request. finished: requests that the statistics count at the next question."""
+    """infer: status and answer to a request. steps: what the core has counted at the next question."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.generate: Callable[[], tuple[int, object]] = lambda: (200, PICTURE)
-        self.finished: Callable[[], int] = lambda: 3
+        self.infer: Callable[[], tuple[int, object]] = lambda: (200, answer(PNG_B64))
+        self.steps: Callable[[], int] = lambda: 3
         self.sizes: str | None = "768x512 128x64 512x512"
-        self.asked: list[dict[str, Any]] = []
+        self.asked: list[dict[str, Any]] = []  # the values of each request, by field
 
     @property
     def address(self) -> str:
@@ -40,9 +45,14 @@ class Handler(BaseHTTPRequestHandler):
     server: Triton  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self) -> None:
-        if self.path == "/v2/models/stats":
-            counts = [self.server.finished(), 2]
-            self._answer(200, {"model_stats": [{"inference_stats": {"success": {"count": n}}} for n in counts]})
+        if self.path == "/metrics":
+            lines = [
+                "# TYPE bksdm_stage_count counter",
+                'nv_inference_request_success{model="txt2img",version="1"} ' + str(time.monotonic()),
+                'bksdm_stage_count{stage="text"} 2.000000',
+                f'bksdm_stage_count{{stage="step"}} {self.server.steps()}',
+            ]
+            self._answer(200, "\n".join(lines).encode())
         elif self.path == "/v2/models/txt2img/config":
             sizes = {} if self.server.sizes is None else {"sizes": {"string_value": self.server.sizes}}
             self._answer(200, {"name": "txt2img", "parameters": sizes})
@@ -50,9 +60,12 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(404, {"error": "Not Found"})
 
     def do_POST(self) -> None:
-        assert self.path == "/v2/models/txt2img/generate"
-        self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        self._answer(*self.server.generate())
+        assert self.path == "/v2/models/txt2img/infer"
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert request["outputs"] == [{"name": "png_b64"}]
+        assert all(field["shape"] == [1] for field in request["inputs"])
+        self.server.asked.append({field["name"]: field["data"][0] for field in request["inputs"]})
+        self._answer(*self.server.infer())
 
     def _answer(self, status: int, content: object) -> None:
         text = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -80,7 +93,18 @@ def triton() -> Iterator[Triton]:
 
 def run(address: str, *flags: str, timeout: str = "0.6") -> tuple[int, str]:
     """Exit code and stderr; stdout stays empty."""
-    command = [sys.executable, "-I", str(SCRIPT), "--url", address, "--timeout", timeout, *flags]
+    command = [
+        sys.executable,
+        "-I",
+        str(SCRIPT),
+        "--url",
+        address,
+        "--metrics-url",
+        address,
+        "--timeout",
+        timeout,
+        *flags,
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert ended.stdout == ""
     return ended.returncode, ended.stderr
@@ -104,22 +128,22 @@ def test_a_server_that_names_no_sizes_chooses_its_own(triton: Triton) -> None:
 
 
 def test_a_dead_model_is_told_in_one_sentence(triton: Triton) -> None:
-    triton.generate = lambda: (500, {"error": "Stub process 'txt2img_0_0' is not healthy."})
+    triton.infer = lambda: (500, {"error": "Stub process 'txt2img_0_0' is not healthy."})
     assert run(triton.address) == (
         1,
-        "liveness: txt2img answered 500: Stub process 'txt2img_0_0' is not healthy.\n",
+        "liveness: the server answered 500: Stub process 'txt2img_0_0' is not healthy.\n",
     )
 
 
-@pytest.mark.parametrize("answer", [{}, {"png_b64": ""}, {"png_b64": "bm8gcGljdHVyZQ=="}, {"png_b64": "?"}])
-def test_an_answer_without_a_picture_is_no_life(triton: Triton, answer: object) -> None:
-    triton.generate = lambda: (200, answer)
-    assert run(triton.address) == (1, "liveness: txt2img answered 200 without a picture in png_b64\n")
+@pytest.mark.parametrize("content", [{}, answer(), answer(""), answer("bm8gcGljdHVyZQ=="), answer("?"), answer(None)])
+def test_an_answer_without_a_picture_is_no_life(triton: Triton, content: object) -> None:
+    triton.infer = lambda: (200, content)
+    assert run(triton.address) == (1, "liveness: txt2img answered 200 without a picture\n")
 
 
 def test_an_answer_that_is_no_json_is_no_life(triton: Triton) -> None:
-    triton.generate = lambda: (200, b"<html>")
-    assert run(triton.address) == (1, "liveness: /v2/models/txt2img/generate answered 200 without a JSON object\n")
+    triton.infer = lambda: (200, b"<html>")
+    assert run(triton.address) == (1, "liveness: the server answered 200 without a JSON object\n")
 
 
 def test_no_server_is_no_life() -> None:
@@ -127,40 +151,40 @@ def test_no_server_is_no_life() -> None:
         address = closed.address
     code, message = run(address)
     assert code == 1
-    assert message.startswith("liveness: /v2/models/stats at 127.0.0.1:")
+    assert message.startswith("liveness: /metrics at 127.0.0.1:")
     assert message.endswith("Connection refused\n")
 
 
 def test_a_model_that_is_not_loaded_is_no_life(triton: Triton) -> None:
-    assert run(triton.address, "--model", "other") == (1, "liveness: /v2/models/other/config answered 404: Not Found\n")
+    assert run(triton.address, "--model", "other") == (1, "liveness: the server answered 404: Not Found\n")
 
 
-def test_a_full_server_that_finishes_pictures_is_alive(triton: Triton) -> None:
-    triton.generate = lambda: (503, {"error": "Exceeds maximum queue size"})
+def test_a_full_server_whose_core_works_is_alive(triton: Triton) -> None:
+    triton.infer = lambda: FULL
     numbers = iter(range(3, 100))
-    triton.finished = lambda: next(numbers)
+    triton.steps = lambda: next(numbers)
     assert run(triton.address) == (0, "")
 
 
-def test_a_full_server_that_finishes_nothing_is_dead(triton: Triton) -> None:
-    triton.generate = lambda: (503, {"error": "Exceeds maximum queue size"})
-    assert run(triton.address) == (1, "liveness: the server is full, and nothing else was finished meanwhile\n")
+def test_a_full_server_whose_core_does_nothing_is_dead(triton: Triton) -> None:
+    triton.infer = lambda: FULL
+    assert run(triton.address) == (1, "liveness: the server is full, and the core did no step meanwhile\n")
 
 
 def slow() -> tuple[int, object]:
     time.sleep(1.5)
-    return 200, PICTURE
+    return 200, answer(PNG_B64)
 
 
 def test_a_server_that_hangs_is_dead(triton: Triton) -> None:
-    triton.generate = slow
-    assert run(triton.address) == (1, "liveness: no picture within 0.6 s, and nothing else was finished meanwhile\n")
+    triton.infer = slow
+    assert run(triton.address) == (1, "liveness: no picture within 0.6 s, and the core did no step meanwhile\n")
 
 
-def test_a_slow_server_that_finishes_pictures_is_alive(triton: Triton) -> None:
-    triton.generate = slow
+def test_a_slow_server_whose_core_works_is_alive(triton: Triton) -> None:
+    triton.infer = slow
     numbers = iter(range(3, 100))
-    triton.finished = lambda: next(numbers)
+    triton.steps = lambda: next(numbers)
     assert run(triton.address) == (0, "")
 
 
