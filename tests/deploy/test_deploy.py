@@ -60,6 +60,8 @@ def containers(objects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for each in objects:
         if each["kind"] == "Deployment":
             yield from each["spec"]["template"]["spec"]["containers"]
+        elif each["kind"] == "Pod":
+            yield from each["spec"]["containers"]
 
 
 def one(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
@@ -110,8 +112,21 @@ def test_every_file_is_in_a_kustomization() -> None:
         assert {path.name for path in folder.iterdir()} <= listed, folder
 
 
+def test_the_pod_that_fills_the_claim_writes_where_servers_read(overlay: list[dict[str, Any]]) -> None:
+    filler = one(render(KUBERNETES / "fill"), "Pod")
+    for release in RELEASES:
+        kubernetes_validate.validate(filler, release, strict=True)
+    [volume] = filler["spec"]["volumes"]
+    claim = one(overlay, "PersistentVolumeClaim")["metadata"]["name"]
+    assert volume["persistentVolumeClaim"] == {"claimName": claim}
+    [container] = containers([filler])
+    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/models"}]
+    assert container["image"] == f"bksdm-serving:{version('bksdm')}-cpu"
+    assert "labels" not in filler["metadata"]  # no Service finds it
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
-@pytest.mark.parametrize("name", [*OVERLAYS, "monitoring"])
+@pytest.mark.parametrize("name", [*OVERLAYS, "fill", "monitoring"])
 def test_kubectl_renders_what_these_tests_read(name: str) -> None:
     command = ["kubectl", "kustomize", str(KUBERNETES / name)]
     rendered = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
