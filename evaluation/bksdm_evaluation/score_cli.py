@@ -234,6 +234,9 @@ def statistics(
 @click.option("--clip-model", metavar="PATH", help="[default: ViT-g/14 laion2b_s34b_b88k, as published]")
 @click.option("--allow-biased", is_flag=True, help="FID of fewer pictures than features.")
 @click.option("--allow-missing", is_flag=True, help="Score the pictures that are there.")
+@click.option("--label", help="What `report` calls it.  [default: the variant]")
+@click.option("--iteration", type=click.IntRange(0), help="Of the training, for `report`.")
+@click.option("--latency", type=click.FloatRange(0, min_open=True), help="Seconds a picture took, for `report`.")
 @_passing
 @click.option("-o", "--output", type=_FOLDER, metavar="FILE", help="Write the scores as JSON.")
 def score(
@@ -245,6 +248,9 @@ def score(
     clip_model: str | None,
     allow_biased: bool,
     allow_missing: bool,
+    label: str | None,
+    iteration: int | None,
+    latency: float | None,
     size: int,
     batch_size: int,
     kind: str,
@@ -279,7 +285,9 @@ def score(
     click.echo(scores.told(figures))
     if output is not None:
         settings = {"batch_size": batch_size, "device": device.type}
-        write_figures(output, {**figures, "settings": settings, "versions": versions(*_LIBRARIES)})
+        for_report = {"label": label, "iteration": iteration, "latency": latency}
+        more = {**for_report, "settings": settings, "versions": versions(*_LIBRARIES)}
+        write_figures(output, {**figures, **more})
 
 
 @click.command()
@@ -349,7 +357,8 @@ def compare(
         )
     except _errors() as error:
         raise click.ClickException(str(error)) from error
-    said = {"protocol": first.protocol.name, "size": size, "a": first.generation, "b": second.generation}
+    said = {"protocol": first.protocol.name, "size": size, "folders": [str(a), str(b)]}
+    said |= {"a": first.generation, "b": second.generation}
     if output is not None:
         write_figures(output, {**said, **found, "versions": versions(*_LIBRARIES)})
     click.echo(gate.told(found))
@@ -399,4 +408,20 @@ def _features(pictures: PictureSet, network: Any, batch_size: int, threads: int 
     return meter.result(pictures.size)
 
 
-COMMANDS = (generate, statistics, score, compare)
+@click.command()
+@click.argument("results", nargs=-1, required=True, type=_FOLDER)
+@click.option("-o", "--output", type=_FOLDER, required=True, metavar="FILE.html")
+def report(results: Sequence[Path], output: Path) -> None:
+    """One self-contained page of RESULTS, the JSON files of `score` and `compare`, beside the published scores."""
+    from bksdm_evaluation.generation import write_whole
+    from bksdm_evaluation.report import ReportError, page
+
+    refuse_unwritable(output)
+    try:
+        write_whole(output, page(results).encode())
+    except (ReportError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(str(output))
+
+
+COMMANDS = (generate, statistics, score, compare, report)
