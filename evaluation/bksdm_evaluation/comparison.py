@@ -77,32 +77,22 @@ def compare(
         return [two for two in (of_features, of_captions) if two]
 
     reader = Reader(a.files, prepare, threads or len(os.sched_getaffinity(0)), ahead=2 * batch_size)
-    names: list[str] = []
-    alike, apart = [], []
-    properties: dict[str, list[list[float]]] = {}
+    parts: list[Pairs] = []
     for batch in batches(iter(reader), batch_size):
         these = [name for name, _ in batch]
-        names += these
-        pixels = [np.stack([one[0][side] for _, one in batch]) for side in range(2)]  # [B, H, W, 3] each
-        alike += [gate.psnr(first, second) for first, second in zip(*pixels, strict=True)]
-        apart += perceptual_distances(lpips, *pixels).tolist()
-        for first, second in zip(*pixels, strict=True):
-            looks = gate.looks(first), gate.looks(second)
-            for what in looks[0]:
-                properties.setdefault(what, []).append([one[what] for one in looks])
+        first, second = (np.stack([one[0][side] for _, one in batch]) for side in range(2))  # [B, H, W, 3] each
+        parts.append(gate.pairs_of(these, list(first), list(second), perceptual_distances(lpips, first, second)))
         for place, two in enumerate(_meters()):
             for side, meter in enumerate(two):
                 meter.take(these, [one[1][place][side] for _, one in batch])
         on_progress(len(batch))
     reader.refuse_broken()
-    pairs = Pairs(
-        names, np.array(alike), np.array(apart), {what: np.array(values).T for what, values in properties.items()}
-    )
+    pairs = gate.together(parts)
     features = (of_features[0].result(a.size), of_features[1].result(b.size)) if of_features else None
     clip = None
     if of_captions:
-        first, second = (np.array([meter.cosines[name] for name in names]) for meter in of_captions)
-        clip = first, second
+        clip_a, clip_b = (np.array([meter.cosines[name] for name in pairs.names]) for meter in of_captions)
+        clip = clip_a, clip_b
     return Compared(pairs, features, clip)
 
 

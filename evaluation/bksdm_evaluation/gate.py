@@ -30,13 +30,14 @@ DRIFT = 0.002
 TOLERANCES: Mapping[str, float] = {"fid": 0.2, "inception_score": 0.5, "clip": 0.0004}
 _PEAK, _SAME = 255.0, 99.0  # levels; dB, of equal pictures
 _WORST = 8
+_UNJUDGED = "not judged"
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is accepted. psnr: in dB, at least, lpips: at most, of the means; drift: relative, at most.
+    """What is accepted. psnr: in dB, at least, lpips: at most, of the means; drift: relative, at most; inf for any.
 
     scores: differences, by name."""
 
@@ -77,6 +78,29 @@ def looks(pixels: NDArray[np.uint8]) -> dict[str, float]:
     }
 
 
+def pairs_of(
+    names: Sequence[str],
+    first: Sequence[NDArray[np.uint8]],
+    second: Sequence[NDArray[np.uint8]],
+    distances: NDArray[Any],
+) -> Pairs:
+    """Pictures [H, W, 3] of two sets, and their LPIPS, [N]."""
+    alike = [psnr(a, b) for a, b in zip(first, second, strict=True)]
+    seen = [[looks(one) for one in pictures] for pictures in (first, second)]
+    properties = {what: np.array([[one[what] for one in side] for side in seen]) for what in seen[0][0]}
+    return Pairs(names, np.array(alike), np.asarray(distances, np.float64), properties)
+
+
+def together(parts: Sequence[Pairs]) -> Pairs:
+    """One after another."""
+    return Pairs(
+        [name for part in parts for name in part.names],
+        np.concatenate([part.psnr for part in parts]),
+        np.concatenate([part.lpips for part in parts]),
+        {what: np.concatenate([part.looks[what] for part in parts], axis=1) for what in parts[0].looks},
+    )
+
+
 def drifts(pairs: Pairs, of_mean: Any) -> dict[str, Interval]:
     """Mean relative change of each property from A to B; a picture that is nearly without it weighs as little."""
     found: dict[str, Interval] = {}
@@ -107,14 +131,17 @@ def judge(
     ]
     for name, one in drift.items():
         found = f"{one.value:+.3%} ({one.low:+.3%} to {one.high:+.3%})"
-        asked.append(Question(f"drift of {name}", found, f"{bounds.drift:.1%}", _answer(one, bounds.drift)))
+        if np.isinf(bounds.drift):
+            asked.append(Question(f"drift of {name}", found, _UNJUDGED, None))
+        else:
+            asked.append(Question(f"drift of {name}", found, f"{bounds.drift:.1%}", _answer(one, bounds.drift)))
     for name, one in scores.items():
         found = f"{one.value:+.4g} ({one.low:+.4g} to {one.high:+.4g})"
         if name in bounds.scores:
             tolerance = bounds.scores[name]
             asked.append(Question(f"difference of {name}", found, f"{tolerance:g}", _answer(one, tolerance)))
         else:
-            asked.append(Question(f"difference of {name}", found, "not judged", None))
+            asked.append(Question(f"difference of {name}", found, _UNJUDGED, None))
     return asked
 
 
@@ -163,7 +190,7 @@ def told(found: Mapping[str, Any]) -> str:
     rows += [(q["what"], q["found"], q["accepted"], answers[q["passed"]]) for q in found["questions"]]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
-    untold = [q["what"] for q in found["questions"] if q["passed"] is None and q["accepted"] != "not judged"]
+    untold = [q["what"] for q in found["questions"] if q["passed"] is None and q["accepted"] != _UNJUDGED]
     if untold:
         lines.append(f"{found['pairs']:,} pairs are too few to tell: {', '.join(untold)}")
     return "\n".join(lines)

@@ -97,6 +97,12 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     help="How many pictures and steps are compared with PyTorch.",
 )
 @click.option(
+    "--gate",
+    type=click.IntRange(2, 4096),
+    metavar="N",
+    help="Draw N pictures by PyTorch and by the bundle, and fail where bksdm-eval compare would.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
@@ -123,6 +129,7 @@ def command(
     token_downsampling: int,
     target: str,
     depth: str,
+    gate: int | None,
     output: Path | None,
     force: bool,
     verbose: bool,
@@ -221,6 +228,7 @@ def command(
             step_cache=step_cache,
             token_downsampling=token_downsampling,
             depth=depth,
+            gate=gate or 0,
             force=force,
         )
         folder = export_variant(request, progress)

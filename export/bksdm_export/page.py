@@ -39,6 +39,7 @@ Inputs are real prompts, and latents from PyTorch's own trajectories.</p>
 {_islands(figures["components"])}
 {_sensitive(figures["components"])}
 {_likeness(figures)}
+{_gate(figures)}
 <h2>Pictures</h2>
 <p class="soft">Drawn from the same noise by diffusers' pipeline and by the runtime. Accepted is a mean difference of
 {figures["picture_tolerance"]:g}/255.{_rounding(figures)}</p>
@@ -122,6 +123,17 @@ def _likeness(figures: Figures) -> str:
     head = ("backend", "PSNR, dB", "worst", "at least", "LPIPS", "worst", "at most")
     said = "Of the pictures below, on average, against PyTorch's in fp32 with whole attention."
     return f'<h2>Against exact pictures</h2><p class="soft">{said}</p>' + table(head, rows)
+
+
+def _gate(figures: Figures) -> str:
+    if not (found := figures.get("gate")):
+        return ""
+    answers = {True: "passed", False: "failed", None: "not told"}
+    rows = [
+        (escape(q["what"]), escape(q["found"]), escape(q["accepted"]), answers[q["passed"]]) for q in found["questions"]
+    ]
+    said = f"{found['pairs']} further pictures beside PyTorch's in fp32; intervals at {found['level']:.0%}."
+    return f'<h2>Gate</h2><p class="soft">{said}</p>' + table(("question", "found", "accepted", ""), rows)
 
 
 def _rounding(figures: Figures) -> str:

@@ -13,6 +13,7 @@ from bksdm import checkpoint as checkpoints
 from bksdm import lora
 from bksdm.checkpoint import Checkpoint
 from bksdm_export import bundle_files, fuse, graphs, memory, report, to_onnx
+from bksdm_export import gate as gates
 from bksdm_export.divergence import Divergence, first_divergence
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_space, resolve, whole_or_nothing
@@ -43,6 +44,7 @@ from bksdm_export.storage import round_weights, store
 from bksdm_export.token_downsampling import downsample_tokens
 from bksdm_export.verify import (
     CUDA,
+    ORT,
     TOLERANCES,
     Comparison,
     Parity,
@@ -72,8 +74,9 @@ class ExportRequest:
     token_downsampling: keys and values of the outermost self-attentions come from every so many-th token; 1 is exact.
     int8_error: what int8 may change in the U-Net's output, see quantise; layers stay fp32 to keep to it. The decoder
     keeps to INT8_DECODER_SHARE of it.
-    depth: of the verification, one of DEPTHS. force: replace an older bundle at `output`; of a link, the one that it
-    names. Raises ExportError for a choice that there is not.
+    depth: of the verification, one of DEPTHS. gate: of so many pictures, see bksdm_export.gate; 0 for none.
+    force: replace an older bundle at `output`; of a link, the one that it names. Raises ExportError for a choice that
+    there is not.
     """
 
     output: Path
@@ -91,6 +94,7 @@ class ExportRequest:
     token_downsampling: int = 1
     int8_error: float = INT8_ERROR
     depth: str = "quick"
+    gate: int = 0
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -137,6 +141,10 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
         approximate = precision == "int8" or request.token_downsampling > 1
         pictures = plan(facts, request.depth, choose_sampler(checkpoint.scheduler_config), more=approximate)
 
+        for_gate: gates.Pictures = ()
+        if request.gate:
+            progress(f"PyTorch draws {request.gate} pictures for the gate")
+            for_gate = gates.draw_exact(checkpoint, request.gate)
         unrounded = None
         if storage != precision:
             progress(f"PyTorch draws a picture before the weights are rounded to {storage}")
@@ -199,8 +207,9 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
             report.write_failure(page, parity, exported, unproven, why)
             raise ExportError(f"the graphs are not PyTorch's: {why} (pictures and figures: {page})")
 
+        verdict = gates.judge(bundle, for_gate, ORT, progress) if request.gate else None
         progress("writing the bundle")
-        figures = report.write(folder, parity, exported, unproven)
+        figures = report.write(folder, parity, exported, unproven, verdict)
         bundle_files.write_manifest(folder, unproven, figures)
         _open(folder)
     page.unlink(missing_ok=True)  # of an earlier try

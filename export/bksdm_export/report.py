@@ -32,9 +32,17 @@ class GraphFacts:
     sensitive: tuple[Sensitive, ...] = ()
 
 
-def write(folder: Path, parity: Parity, exported: Mapping[str, GraphFacts], manifest: Manifest) -> dict[str, object]:
-    """Write parity.json and parity.html, and return the figures that go into bundle.json."""
+def write(
+    folder: Path,
+    parity: Parity,
+    exported: Mapping[str, GraphFacts],
+    manifest: Manifest,
+    gate: Figures | None = None,
+) -> dict[str, object]:
+    """Write parity.json and parity.html, and return the figures that go into bundle.json. gate: its verdict, if any."""
     figures = summary(parity, exported)
+    if gate is not None:
+        figures["gate"] = gate
     (folder / PARITY_JSON).write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / PARITY_HTML).write_text(page(figures, parity.pictures, manifest), encoding="utf-8")
     return brief(figures)
@@ -96,6 +104,7 @@ def brief(figures: Figures) -> Figures:
             "tolerance": figures["picture_tolerance"],
         },
         **{name: figures[name] for name in ("rounding", "likeness") if name in figures},
+        **({"gate": {key: figures["gate"][key] for key in ("pairs", "questions")}} if "gate" in figures else {}),
     }
 
 
@@ -151,6 +160,9 @@ def table(folder: Path) -> str:
             f"(accepted {psnr['bound']:g} or more); {lpips['mean']:.3f} LPIPS, worst {lpips['worst']:.3f} "
             f"(accepted {lpips['bound']:g} or less)"
         )
+    if gate := figures.get("gate"):
+        told = ", ".join(f"{one['what']} {one['found']}" for one in gate["questions"])
+        lines.append(f"the gate of {gate['pairs']} pictures: {told}")
     kept = {name: len(graph["sensitive"]) for name, graph in figures["components"].items() if graph["sensitive"]}
     if kept:
         lines.append("layers kept in fp32: " + ", ".join(f"{count} of {name}" for name, count in kept.items()))
