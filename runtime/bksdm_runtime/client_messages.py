@@ -120,9 +120,9 @@ class Target:
             raise FailedError(f"{self.address}: {MODEL} is not of a repository by bksdm-triton: {error}") from None
 
     def item(self, response: Any) -> Step | Picture:
-        """Raises FailedError."""
-        if response.error_message:  # of a server that knows no codes
-            raise FailedError(f"{self.address}: {response.error_message}")
+        """Raises UnavailableError and FailedError."""
+        if said := str(response.error_message):  # of a server that knows no codes; of a full queue even here (2.51)
+            raise self._unavailable(said) if is_unavailable(said) else FailedError(f"{self.address}: {said}")
         values = _tensors(response.infer_response)
         try:
             if "png" in values:
@@ -134,6 +134,9 @@ class Target:
     def no_picture(self) -> FailedError:
         return FailedError(f"{self.address}: the server ended without a picture: its log says why")
 
+    def _unavailable(self, said: str) -> UnavailableError:
+        return UnavailableError(f"{self.address} draws no more pictures now, try again later: {said}")
+
     def error(self, error: Any) -> ClientError:
         """What ended a call, as one of ours."""
         code, codes = error.code(), _grpc.StatusCode
@@ -144,7 +147,7 @@ class Target:
         if code is codes.DEADLINE_EXCEEDED:
             return TimedOutError(f"{self.address}: no picture within {self._timeout:g} s")
         if is_unavailable(said):
-            return UnavailableError(f"{self.address} draws no more pictures now, try again later: {said}")
+            return self._unavailable(said)
         if code is codes.UNAVAILABLE:
             return GoneError(f"{self.address} cannot be reached: {said}")
         if code is codes.CANCELLED:
