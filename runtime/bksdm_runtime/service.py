@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Protocol
@@ -189,31 +189,13 @@ class Service:
     def _encode(self, client: _Client, drawn: Drawn) -> None:
         started = time.perf_counter()
         try:
-            output, value = self._encoded(client.order.format, drawn)
+            output, value = encoded(self._under_way.pipeline, replace(client.order, request=drawn.request), drawn.pixels)
         except Exception as error:
             _say(error)
             _told(client, lambda: client.answers.refuse(_LOST))
             return
         self._observe("encode", time.perf_counter() - started, 1)
         _told(client, lambda: client.answers.picture(output, value, drawn.request.seed))
-
-    def _encoded(self, picture_format: str, drawn: Drawn) -> tuple[str, bytes | NDArray[np.uint8]]:
-        if picture_format == "raw":
-            return "image", drawn.pixels
-        pipeline = self._under_way.pipeline
-        manifest = pipeline.bundle.manifest
-        provenance = Provenance(
-            bundle=pipeline.bundle.sha256,
-            variant=manifest.variant,
-            backend=pipeline.backend,
-            precision=manifest.precision,
-            version=version(),
-            threads=pipeline.threads,
-            arithmetic=pipeline.arithmetic,
-            token_downsampling=manifest.token_downsampling,
-        )
-        png = encode_png(drawn.pixels, drawn.request, provenance)
-        return picture_format, base64.b64encode(png) if picture_format == "png_b64" else png
 
     def _let_go(self, ticket: int, refusal: Refusal) -> None:
         self._under_way.cancel(ticket)
@@ -235,6 +217,25 @@ class Service:
             self._changed.notify_all()
         for client in left:
             _told(client, lambda c=client: c.answers.refuse(_ENDED))
+
+
+def encoded(pipeline: Pipeline, order: Order, pixels: NDArray[np.uint8]) -> tuple[str, bytes | NDArray[np.uint8]]:
+    """A picture in its order's format: the output's name, see Answers.picture, and its value."""
+    if order.format == "raw":
+        return "image", pixels
+    manifest = pipeline.bundle.manifest
+    provenance = Provenance(
+        bundle=pipeline.bundle.sha256,
+        variant=manifest.variant,
+        backend=pipeline.backend,
+        precision=manifest.precision,
+        version=version(),
+        threads=pipeline.threads,
+        arithmetic=pipeline.arithmetic,
+        token_downsampling=manifest.token_downsampling,
+    )
+    png = encode_png(pixels, order.request, provenance)
+    return order.format, base64.b64encode(png) if order.format == "png_b64" else png
 
 
 def open_service(folder: Path, parameters: Mapping[str, str], observe: Observe) -> tuple[Service, Limits]:
