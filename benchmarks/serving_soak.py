@@ -89,17 +89,19 @@ def soak(folder: Path, seconds: float, seed: int = 0) -> Report:
     write_repository(request)
     report = Report(seconds)
     # Longer than the fronts take to end, a second each: what is left behind then is a leak.
-    with Server(request.output, folder, "--exit-timeout-secs=40") as server:
-        with Client(f"127.0.0.1:{server.grpc}", timeout=120) as client:
-            load = _Load(server, client, report)
-            started = time.monotonic()
-            with ThreadPoolExecutor(len(KINDS)) as pool:
-                working = [pool.submit(load.work, kind, started + seconds, seed) for kind in KINDS]
-                while any(not one.done() for one in working):
-                    report.memory.append((time.monotonic() - started, *server.memory()))
-                    time.sleep(0.5)
-                for one in working:
-                    one.result()
+    with (
+        Server(request.output, folder, "--exit-timeout-secs=40") as server,
+        Client(f"127.0.0.1:{server.grpc}", timeout=120) as client,
+    ):
+        load = _Load(server, client, report)
+        started = time.monotonic()
+        with ThreadPoolExecutor(len(KINDS)) as pool:
+            working = [pool.submit(load.work, kind, started + seconds, seed) for kind in KINDS]
+            while any(not one.done() for one in working):
+                report.memory.append((time.monotonic() - started, *server.memory()))
+                time.sleep(0.5)
+            for one in working:
+                one.result()
     report.left_behind = server.left_behind
     return report
 

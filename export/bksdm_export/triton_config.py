@@ -40,7 +40,7 @@ class Serving:
 
     fronts: requests that may wait for their picture over HTTP or unary gRPC, each a small process.
     max_queue, queue_seconds: how many requests may wait for a slot, and for how long; more are refused, UNAVAILABLE.
-    A batch that the core has taken from the queue, of at most as many requests as there are slots, waits on unlimited.
+    A batch that the core has taken from the queue, of at most as many requests as there are slots, has that time again.
     backend, threads: of the engines, as bksdm-run's; threads 0 for one per core.
     """
 
@@ -79,6 +79,7 @@ def core(serving: Serving, *, on_gpu: bool) -> str:
     parameters = {
         **serving.limits.to_parameters(),
         "slots": str(serving.slots),
+        "queue_seconds": repr(serving.queue_seconds),
         "backend": serving.backend,
         "threads": str(serving.threads),
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",  # a prompt on a GPU is of no use

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import base64
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ BUNDLE_FOLDER, PREVIEW_FILE = "bundle", "preview.json"
 # What a server's operator can cause: each message is one sentence, and no traceback belongs to it.
 SERVICE_ERRORS = (BundleError, EngineError, LimitsError, TokenizerError)
 
+_LOOKS_EVERY = 0.2  # seconds, at those that wait: asking whether one is cancelled is a call to the server's process
+
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +56,7 @@ class Refusal:
 
 _LOST = Refusal("internal", "the picture is lost: the server's log says why")
 _ENDED = Refusal("unavailable", "this server draws no pictures any more: load the model again")
+_OVERDUE = Refusal("unavailable", "timeout expired: the request waited too long for a slot")
 _CANCELLED = Refusal("cancelled", "the request was cancelled")
 
 
@@ -79,6 +83,7 @@ class _Client:
     order: Order
     answers: Answers
     came: float
+    until: float  # when it has waited long enough for a slot
 
 
 class Service:
@@ -104,17 +109,39 @@ class Service:
 
     def submit(self, order: Order, answers: Answers) -> None:
         """Have a picture drawn. Blocks while every slot is taken; its answers may come before it returns."""
-        client = _Client(order, answers, time.perf_counter())
-        with self._changed:
-            # Waking from time to time shows a worker that died where nothing could tell of it.
-            while self._taken >= self._under_way.slots and self._is_alive():
-                self._changed.wait(1.0)
-            if self._is_alive():
-                self._taken += 1
-                self._arrived.append(client)
-                self._changed.notify_all()
-                return
-        answers.refuse(_ENDED)
+        self.submit_all([(order, answers, math.inf)])
+
+    def submit_all(self, asked: Sequence[tuple[Order, Answers, float]]) -> None:
+        """Have pictures drawn, each with the seconds that it may wait in here for a slot, in their order.
+
+        Blocks until the last has one. What is cancelled or overdue meanwhile is refused then, and holds nothing up.
+        """
+        came = time.perf_counter()
+        waiting = [_Client(order, answers, came, came + seconds) for order, answers, seconds in asked]
+        while waiting and self._is_alive():
+            with self._changed:
+                if self._taken >= self._under_way.slots:
+                    # Waking from time to time shows a worker that died where nothing could tell of it, too.
+                    self._changed.wait(_LOOKS_EVERY)
+                if self._taken < self._under_way.slots and self._is_alive():
+                    self._taken += 1
+                    self._arrived.append(waiting.pop(0))
+                    self._changed.notify_all()
+                    continue
+            waiting = [client for client in waiting if not self._gave_up(client)]
+        for client in waiting:
+            _told(client, lambda c=client: c.answers.refuse(_ENDED))
+
+    def _gave_up(self, client: _Client) -> bool:
+        if _is_cancelled(client):
+            refusal = _CANCELLED
+        elif time.perf_counter() > client.until:
+            refusal = _OVERDUE
+        else:
+            return False
+        self._observe("queue", time.perf_counter() - client.came, 1)
+        _told(client, lambda: client.answers.refuse(refusal))
+        return True
 
     def close(self) -> None:
         """End: pictures under way are refused, threads are joined."""
