@@ -29,7 +29,7 @@ from tests.triton.server import Server
 SIZES = ((128, 128), (64, 128))
 MAX_STEPS = 100
 WARM_UP = 1 / 3  # of the time: until every kind of work was done a few times, memory only rises
-# Of what the processes hold after the warm-up; see `soak` in docs/serving.md for what was measured.
+# Of what the processes hold after the warm-up.
 GROWTH, SLACK = 0.05, 16 << 20
 
 

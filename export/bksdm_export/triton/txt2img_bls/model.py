@@ -49,7 +49,7 @@ class Called:
         ).exec()
         if response.has_error():
             raise EngineError(f"{self.name}: {response.error().message()}")
-        return to_caller({tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()})
+        return to_caller({tensor.name(): np.array(tensor.as_numpy()) for tensor in response.output_tensors()})
 
 
 class TritonPythonModel:
