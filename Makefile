@@ -1,6 +1,6 @@
 # make run PROMPT="a red apple"    a picture from the demo model, torch-free
 # make test                        the development environment and every quick test
-# make check, slow, exhaustive, triton-check, gpu-check, wheel-check, newest-check, demo, demo-teacher: see each
+# make check, slow, exhaustive, triton-check, soak, gpu-check, wheel-check, newest-check, demo, demo-teacher: see each
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 export PROMPT ?= a red apple
 export OUTPUT ?= out/picture.png
@@ -19,7 +19,7 @@ GPU := .venv-gpu
 TRITON := .venv-triton
 BIN := $(DEV)/bin
 
-.PHONY: run test check format lint types contracts slow exhaustive triton-check gpu-check wheel-check newest-check demo demo-teacher clean
+.PHONY: run test check format lint types contracts slow exhaustive triton-check soak gpu-check wheel-check newest-check demo demo-teacher clean
 
 run: $(RUN)/.ready
 	@mkdir -p "$$(dirname "$$OUTPUT")"
@@ -50,6 +50,9 @@ exhaustive: $(DEV)/.ready     # every size and variant of what `slow` has a few 
 
 triton-check: $(DEV)/.ready $(TRITON)/.ready   # the model repository on a real tritonserver, without a container
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m triton tests/triton
+
+soak: $(DEV)/.ready $(TRITON)/.ready           # 15 minutes of mixed load on it; triton-check has two
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving.py soak
 
 gpu-check: $(GPU)/.ready      # what needs a CUDA device; each test's name as it ends
 	@$(GPU)/bin/python -c "from bksdm_runtime.engine import has_cuda; raise SystemExit(None if has_cuda() else 'gpu-check: no CUDA device here, nothing was checked')"

@@ -76,6 +76,15 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     "--backend", type=click.Choice(("auto", *BACKENDS)), default="auto", show_default=True, help="Of the server."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Of the server.  [default: one per core]")
+@click.option(
+    "--layout",
+    type=click.Choice(("core", "bls")),
+    default="core",
+    show_default=True,
+    help="bls: text encoder, U-Net and decoder as plain models of Triton's tensorrt or onnxruntime backend, the loop in "
+    "Python; no shared evaluations, no stream. Those backends have not run it yet.",
+)
+@click.option("--engines", metavar="NAME", help="Of --layout bls: which folder of the bundle's engines/.")
 @click.option("--link", is_flag=True, help="Hard links to the bundle's files, not copies.")
 @click.option("--force", is_flag=True, help="Replace a repository that is there.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
@@ -92,6 +101,8 @@ def command(
     queue_seconds: float,
     backend: str,
     threads: int | None,
+    layout: str,
+    engines: str | None,
     link: bool,
     force: bool,
     verbose: bool,
@@ -107,6 +118,8 @@ def command(
     from bksdm_export.triton_repository import RepositoryRequest, write_repository
     from bksdm_runtime.bundle import BundleError
 
+    if engines is not None and layout != "bls":
+        raise click.UsageError("--engines is of --layout bls; the core takes those that fit its machine")
     started = time.perf_counter()
 
     def progress(stage: str) -> None:
@@ -124,6 +137,8 @@ def command(
         queue_seconds=queue_seconds,
         backend=backend,
         threads=threads or 0,
+        layout=layout,
+        engines=engines,
         link=link,
         force=force,
         settings=EngineSettings(threads=threads),
@@ -136,7 +151,8 @@ def command(
     except (ExportError, BundleError, EngineError) as error:
         click.echo(f"{_PROGRAM}: {error}", err=True)
         return 1
-    click.echo(f"previews: {preview.psnr:.1f} dB of the decoder's pictures, on {preview.pictures} not fitted", err=True)
+    if preview is not None:
+        click.echo(f"previews: {preview.psnr:.1f} dB of the decoder's pictures, on {preview.pictures} not fitted", err=True)
     click.echo(str(output))
     return 0
 

@@ -40,7 +40,7 @@ class Serving:
 
     fronts: requests that may wait for their picture over HTTP or unary gRPC, each a small process.
     max_queue, queue_seconds: how many requests may wait for a slot, and for how long; more are refused, UNAVAILABLE.
-    A batch that the core has taken from the queue, of at most as many requests as there are slots, waits on unlimited.
+    A batch that the core has taken from the queue, of at most as many requests as there are slots, has that time again.
     backend, threads: of the engines, as bksdm-run's; threads 0 for one per core.
     """
 
@@ -60,13 +60,18 @@ def front(serving: Serving) -> str:
             f'name: "{FRONT}"',
             'backend: "python"',
             "max_batch_size: 0",
-            *(_input(field.name, field.datatype, optional=field.name not in REQUIRED) for field in FRONT_FIELDS),
-            *map(_output, PICTURE),
+            *front_inputs(),
+            *map(as_output, PICTURE),
             f"instance_group [ {{ kind: KIND_CPU count: {serving.fronts} }} ]",
-            *_parameters(serving.limits.to_parameters()),
+            *as_parameters(serving.limits.to_parameters()),
             "",
         ]
     )
+
+
+def front_inputs() -> list[str]:
+    """Of a model that fills in what a request leaves out."""
+    return [_input(field.name, field.datatype, optional=field.name not in REQUIRED) for field in FRONT_FIELDS]
 
 
 def core(serving: Serving, *, on_gpu: bool) -> str:
@@ -74,6 +79,7 @@ def core(serving: Serving, *, on_gpu: bool) -> str:
     parameters = {
         **serving.limits.to_parameters(),
         "slots": str(serving.slots),
+        "queue_seconds": repr(serving.queue_seconds),
         "backend": serving.backend,
         "threads": str(serving.threads),
         "FORCE_CPU_ONLY_INPUT_TENSORS": "yes",  # a prompt on a GPU is of no use
@@ -94,9 +100,9 @@ def core(serving: Serving, *, on_gpu: bool) -> str:
             "  }",
             "}",
             *(_input(field.name, field.datatype) for field in FIELDS.values()),
-            *map(_output, (*STEPS, *PICTURE)),
+            *map(as_output, (*STEPS, *PICTURE)),
             f"instance_group [ {{ {where} }} ]",
-            *_parameters(parameters),
+            *as_parameters(parameters),
             *(_warm_up(size) for size in serving.limits.sizes),
             "",
         ]
@@ -142,12 +148,12 @@ def _input(name: str, datatype: str, *, optional: bool = False) -> str:
     return f'input [ {{ name: "{name}" data_type: {_TYPES[datatype]} dims: [ 1 ]{more} }} ]'
 
 
-def _output(tensor: Tensor) -> str:
+def as_output(tensor: Tensor) -> str:
     dims = ", ".join(map(str, tensor.dims))
     return f'output [ {{ name: "{tensor.name}" data_type: {_TYPES[tensor.datatype]} dims: [ {dims} ] }} ]'
 
 
-def _parameters(parameters: Mapping[str, str]) -> Sequence[str]:
+def as_parameters(parameters: Mapping[str, str]) -> Sequence[str]:
     return [
         f'parameters {{ key: "{name}" value: {{ string_value: {json.dumps(value)} }} }}'
         for name, value in parameters.items()

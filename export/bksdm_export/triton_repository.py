@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bksdm_export import triton_config
+from bksdm_export import triton_bls, triton_config
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_space, check_target, resolve, whole_or_nothing
 from bksdm_export.triton_config import CORE, FRONT, Serving
@@ -21,7 +21,8 @@ from bksdm_runtime.request import Request, RequestError, check_size
 from bksdm_runtime.served_request import Limits, LimitsError
 from bksdm_runtime.service import BUNDLE_FOLDER, PREVIEW_FILE
 
-MARKER = f"{CORE}/config.pbtxt"  # what tells a repository from any other folder
+MARKER = f"{FRONT}/config.pbtxt"  # what tells a repository from any other folder
+LAYOUTS = ("core", "bls")
 _MODELS = Path(__file__).parent / "triton"
 # Half of them are what the preview is fitted to, the others what its error is measured on. A latent pixel is one
 # equation of it, with five unknowns: pictures of this size at most have hundreds.
@@ -34,6 +35,7 @@ class RepositoryRequest:
     """What `bksdm-triton` is asked for. sizes: height and width of each; () for the model's own.
 
     steps: of a request that does not say, max_steps at most. link: files of the bundle are hard links, not copies.
+    layout: one of LAYOUTS; "bls" is triton_bls's, of `engines` (see triton_bls.choose_graphs), and fits no preview.
     The rest: see triton_config.Serving.
     """
 
@@ -50,6 +52,8 @@ class RepositoryRequest:
     threads: int = 0
     link: bool = False
     force: bool = False
+    layout: str = "core"
+    engines: str | None = None
     settings: EngineSettings = field(default_factory=EngineSettings)
 
 
@@ -58,8 +62,8 @@ def check_repository(output: Path, *, force: bool) -> None:
     check_target(output, force=force, marker=MARKER)
 
 
-def write_repository(request: RepositoryRequest, progress: Callable[[str], None] = lambda stage: None) -> Preview:
-    """Write the repository, and give the map of its previews, which says how good it is.
+def write_repository(request: RepositoryRequest, progress: Callable[[str], None] = lambda stage: None) -> Preview | None:
+    """Write the repository, and give the map of its previews, which says how good it is; layout "bls" has none.
 
     settings: of the engines that draw the pictures which the preview is fitted to. Raises ExportError, BundleError,
     EngineError.
@@ -70,6 +74,9 @@ def write_repository(request: RepositoryRequest, progress: Callable[[str], None]
     if resolve(request.output).is_relative_to(bundle.root):
         raise ExportError(f"{request.output} lies in the bundle: choose another --output")
     serving = _serving(request, bundle)
+    if request.layout == "bls":
+        _write_bls(request, bundle, serving, progress)
+        return None
     progress("fitting the preview")
     preview = fit_preview(Pipeline.open(bundle, request.settings))
     with whole_or_nothing(request.output, force=request.force, marker=MARKER) as folder:
@@ -81,6 +88,19 @@ def write_repository(request: RepositoryRequest, progress: Callable[[str], None]
         copy = _link if request.link else shutil.copy2
         shutil.copytree(bundle.root, folder / CORE / "1" / BUNDLE_FOLDER, copy_function=copy)
     return preview
+
+
+def _write_bls(
+    request: RepositoryRequest, bundle: Bundle, serving: Serving, progress: Callable[[str], None]
+) -> None:
+    graphs = triton_bls.choose_graphs(bundle, serving, request.engines)
+    with whole_or_nothing(request.output, force=request.force, marker=MARKER) as folder:
+        progress(f"writing the repository, of {graphs.backend} models")
+        copy = _link if request.link else shutil.copy2
+        target = folder / FRONT / "1" / BUNDLE_FOLDER
+        without = shutil.ignore_patterns(bundles.ENGINES_FOLDER)
+        shutil.copytree(bundle.root, target, copy_function=copy, ignore=without)
+        triton_bls.write_models(folder, bundle, serving, graphs, _MODELS / "txt2img_bls" / "model.py")
 
 
 def _serving(request: RepositoryRequest, bundle: Bundle) -> Serving:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,11 +103,16 @@ def open_image(path: Path) -> Image.Image:
 
 def save_png(path: Path, pixels: NDArray[np.uint8], request: Request, provenance: Provenance) -> None:
     """Write [H, W, 3] uint8 as PNG with the request in text chunks; whole or not at all. Raises ImageError."""
+    write_whole(path, encode_png(pixels, request, provenance))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a picture's file whole or not at all. Raises ImageError."""
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.part")
     try:
         try:
             with temporary.open("wb") as file:
-                _write_png(file, pixels, request, provenance)
+                file.write(content)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -115,14 +120,29 @@ def save_png(path: Path, pixels: NDArray[np.uint8], request: Request, provenance
         raise ImageError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Notice before minutes of work that a folder of pictures cannot be made or written; make nothing yet.
+
+    Raises ImageError.
+    """
+    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), Path())
+    if not there.is_dir():
+        raise ImageError(f"folder {folder} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ImageError(f"folder {folder} cannot be written: Permission denied")
+
+
+def make_folder(folder: Path) -> None:
+    """Raises ImageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(f"folder {folder} cannot be made: {error.strerror or error}") from None
+
+
 def encode_png(pixels: NDArray[np.uint8], request: Request, provenance: Provenance) -> bytes:
     """The content of the file that save_png writes."""
     buffer = io.BytesIO()
-    _write_png(buffer, pixels, request, provenance)
-    return buffer.getvalue()
-
-
-def _write_png(file: IO[bytes], pixels: NDArray[np.uint8], request: Request, provenance: Provenance) -> None:
     height, width = pixels.shape[:2]
     chunks = PngImagePlugin.PngInfo()
     for name, text in _texts(request, provenance, height, width).items():
@@ -130,7 +150,8 @@ def _write_png(file: IO[bytes], pixels: NDArray[np.uint8], request: Request, pro
             chunks.add_text(name, text)
         else:
             chunks.add_itxt(name, text)  # UTF-8; a plain chunk is Latin-1
-    Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
 
 
 def read_request(path: Path) -> tuple[Request, Provenance]:

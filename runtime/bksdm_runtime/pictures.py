@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.bundle import BundleError
 from bksdm_runtime.engine import EngineError, EngineSettings
-from bksdm_runtime.image import ImageError, Provenance, read_request, save_png
+from bksdm_runtime.image import ImageError, Provenance, make_folder, read_request, refuse_unwritable, save_png
 from bksdm_runtime.manifest import Manifest
 from bksdm_runtime.naming import NamingError, targets
 from bksdm_runtime.pipeline import Images, Pipeline, Step, check
@@ -116,13 +116,13 @@ def make(order: Order) -> Generator[Path, None, None]:
     evaluations = len(batches[0].schedule.timesteps)  # the same for all of an order
     folders = {place.path.parent for place in places.values()}
     for folder_of_pictures in folders:
-        _refuse_unwritable(folder_of_pictures)
+        refuse_unwritable(folder_of_pictures)
     pipeline = Pipeline.open(bundle, order.settings)
     _say_what_runs(folder, pipeline)
     log.info("%s", how_exact(order.requests[0], bundle.manifest))
     hashes = _init_image_hashes(order.requests)
     for folder_of_pictures in folders:
-        _make_folder(folder_of_pictures)
+        make_folder(folder_of_pictures)
     count = len(kept)
     done, batch_end = 0, 0
     # Open before the first evaluation is done: at full size on a CPU that takes seconds.
@@ -182,22 +182,6 @@ def _say_what_runs(folder: Path, pipeline: Pipeline) -> None:
     model = f"{pipeline.bundle.manifest.variant}, {pipeline.bundle.manifest.precision}"
     threads = f"{pipeline.threads} thread{'' if pipeline.threads == 1 else 's'}"
     log.info("%s (%s) on %s: %s, %s", folder, model, pipeline.backend, pipeline.arithmetic, threads)
-
-
-def _refuse_unwritable(folder: Path) -> None:
-    """Notice before minutes of work that a folder of pictures cannot be made or written; make nothing yet."""
-    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), Path())
-    if not there.is_dir():
-        raise ImageError(f"folder {folder} cannot be made: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ImageError(f"folder {folder} cannot be written: Permission denied")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ImageError(f"folder {folder} cannot be made: {error.strerror or error}") from None
 
 
 def _init_image_hashes(requests: Sequence[Request]) -> dict[Path, str]:

@@ -20,6 +20,9 @@ from bksdm_runtime.schedule import SAMPLERS
 FORMATS = ("png", "png_b64", "raw")
 # A prompt of 77 tokens has some 400 bytes; what does not fit the model is dropped, and this much would all be.
 MAX_PROMPT_BYTES = 8192
+# What Triton's queue says when it is full and when a request's time is over, what our service says when it ends, and
+# what Triton says of a model that is dead or not loaded (2.51).
+_UNAVAILABLE = ("maximum queue size", "timeout expired", "no pictures any more", "not ready", "not healthy")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,15 @@ class Limits:
             raise
         except ValueError as error:
             raise LimitsError(f"a parameter is no number: {error}") from None
+
+
+def is_unavailable(message: str) -> bool:
+    """Whether an error of a server says that the same request may be served later.
+
+    For where its code is lost: between front and core, which makes all of them INTERNAL, and where gRPC's UNAVAILABLE
+    may come from no server at all.
+    """
+    return any(phrase in message.lower() for phrase in _UNAVAILABLE)
 
 
 def shown(size: tuple[int, int]) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Protocol
@@ -37,6 +38,8 @@ BUNDLE_FOLDER, PREVIEW_FILE = "bundle", "preview.json"
 # What a server's operator can cause: each message is one sentence, and no traceback belongs to it.
 SERVICE_ERRORS = (BundleError, EngineError, LimitsError, TokenizerError)
 
+_LOOKS_EVERY = 0.2  # seconds, at those that wait: asking whether one is cancelled is a call to the server's process
+
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +56,7 @@ class Refusal:
 
 _LOST = Refusal("internal", "the picture is lost: the server's log says why")
 _ENDED = Refusal("unavailable", "this server draws no pictures any more: load the model again")
+_OVERDUE = Refusal("unavailable", "timeout expired: the request waited too long for a slot")
 _CANCELLED = Refusal("cancelled", "the request was cancelled")
 
 
@@ -79,6 +83,7 @@ class _Client:
     order: Order
     answers: Answers
     came: float
+    until: float  # when it has waited long enough for a slot
 
 
 class Service:
@@ -104,17 +109,39 @@ class Service:
 
     def submit(self, order: Order, answers: Answers) -> None:
         """Have a picture drawn. Blocks while every slot is taken; its answers may come before it returns."""
-        client = _Client(order, answers, time.perf_counter())
-        with self._changed:
-            # Waking from time to time shows a worker that died where nothing could tell of it.
-            while self._taken >= self._under_way.slots and self._is_alive():
-                self._changed.wait(1.0)
-            if self._is_alive():
-                self._taken += 1
-                self._arrived.append(client)
-                self._changed.notify_all()
-                return
-        answers.refuse(_ENDED)
+        self.submit_all([(order, answers, math.inf)])
+
+    def submit_all(self, asked: Sequence[tuple[Order, Answers, float]]) -> None:
+        """Have pictures drawn, each with the seconds that it may wait in here for a slot, in their order.
+
+        Blocks until the last has one. What is cancelled or overdue meanwhile is refused then, and holds nothing up.
+        """
+        came = time.perf_counter()
+        waiting = [_Client(order, answers, came, came + seconds) for order, answers, seconds in asked]
+        while waiting and self._is_alive():
+            with self._changed:
+                if self._taken >= self._under_way.slots:
+                    # Waking from time to time shows a worker that died where nothing could tell of it, too.
+                    self._changed.wait(_LOOKS_EVERY)
+                if self._taken < self._under_way.slots and self._is_alive():
+                    self._taken += 1
+                    self._arrived.append(waiting.pop(0))
+                    self._changed.notify_all()
+                    continue
+            waiting = [client for client in waiting if not self._gave_up(client)]
+        for client in waiting:
+            _told(client, lambda c=client: c.answers.refuse(_ENDED))
+
+    def _gave_up(self, client: _Client) -> bool:
+        if _is_cancelled(client):
+            refusal = _CANCELLED
+        elif time.perf_counter() > client.until:
+            refusal = _OVERDUE
+        else:
+            return False
+        self._observe("queue", time.perf_counter() - client.came, 1)
+        _told(client, lambda: client.answers.refuse(refusal))
+        return True
 
     def close(self) -> None:
         """End: pictures under way are refused, threads are joined."""
@@ -189,31 +216,13 @@ class Service:
     def _encode(self, client: _Client, drawn: Drawn) -> None:
         started = time.perf_counter()
         try:
-            output, value = self._encoded(client.order.format, drawn)
+            output, value = encoded(self._under_way.pipeline, replace(client.order, request=drawn.request), drawn.pixels)
         except Exception as error:
             _say(error)
             _told(client, lambda: client.answers.refuse(_LOST))
             return
         self._observe("encode", time.perf_counter() - started, 1)
         _told(client, lambda: client.answers.picture(output, value, drawn.request.seed))
-
-    def _encoded(self, picture_format: str, drawn: Drawn) -> tuple[str, bytes | NDArray[np.uint8]]:
-        if picture_format == "raw":
-            return "image", drawn.pixels
-        pipeline = self._under_way.pipeline
-        manifest = pipeline.bundle.manifest
-        provenance = Provenance(
-            bundle=pipeline.bundle.sha256,
-            variant=manifest.variant,
-            backend=pipeline.backend,
-            precision=manifest.precision,
-            version=version(),
-            threads=pipeline.threads,
-            arithmetic=pipeline.arithmetic,
-            token_downsampling=manifest.token_downsampling,
-        )
-        png = encode_png(drawn.pixels, drawn.request, provenance)
-        return picture_format, base64.b64encode(png) if picture_format == "png_b64" else png
 
     def _let_go(self, ticket: int, refusal: Refusal) -> None:
         self._under_way.cancel(ticket)
@@ -235,6 +244,25 @@ class Service:
             self._changed.notify_all()
         for client in left:
             _told(client, lambda c=client: c.answers.refuse(_ENDED))
+
+
+def encoded(pipeline: Pipeline, order: Order, pixels: NDArray[np.uint8]) -> tuple[str, bytes | NDArray[np.uint8]]:
+    """A picture in its order's format: the output's name, see Answers.picture, and its value."""
+    if order.format == "raw":
+        return "image", pixels
+    manifest = pipeline.bundle.manifest
+    provenance = Provenance(
+        bundle=pipeline.bundle.sha256,
+        variant=manifest.variant,
+        backend=pipeline.backend,
+        precision=manifest.precision,
+        version=version(),
+        threads=pipeline.threads,
+        arithmetic=pipeline.arithmetic,
+        token_downsampling=manifest.token_downsampling,
+    )
+    png = encode_png(pixels, order.request, provenance)
+    return order.format, base64.b64encode(png) if order.format == "png_b64" else png
 
 
 def open_service(folder: Path, parameters: Mapping[str, str], observe: Observe) -> tuple[Service, Limits]:

@@ -22,7 +22,7 @@ from bksdm_runtime.pipeline import Pipeline
 from bksdm_runtime.preview import Preview
 from bksdm_runtime.request import Request
 from bksdm_runtime.schedule import StepsError
-from bksdm_runtime.served_request import Limits, LimitsError, Order
+from bksdm_runtime.served_request import Limits, LimitsError, Order, is_unavailable
 from bksdm_runtime.service import Refusal, Service, open_service
 
 GREY = Preview(np.full((5, 3), 0.5, np.float32), 0.0, 1)
@@ -135,6 +135,28 @@ def test_submitting_blocks_while_every_slot_is_taken(service: Service) -> None:
     submitting.join(20)
     assert not submitting.is_alive()
     assert third.wait()[0] == "image"
+
+
+def test_what_waits_for_a_slot_is_refused_when_it_is_cancelled_or_overdue_and_the_rest_waits_on(
+    service: Service,
+) -> None:
+    running = [Noted(), Noted()]
+    for answers in running:
+        service.submit(order(LONG), answers)
+    overdue, cancelled, patient = Noted(), Noted(), Noted()
+    waiting = [(order(), overdue, 0.3), (order(), cancelled, 60.0), (order(), patient, 60.0)]
+    submitting = threading.Thread(target=service.submit_all, args=(waiting,))
+    submitting.start()
+    cancelled.cancelled = True
+    assert cancelled.wait().kind == "cancelled"
+    refusal = overdue.wait()
+    assert refusal.kind == "unavailable"
+    assert is_unavailable(refusal.message)
+    assert patient.last is None
+    running[0].cancelled = True
+    assert patient.wait()[0] == "image"
+    running[1].cancelled = True
+    submitting.join(20)
 
 
 def test_a_cancelled_picture_stops_within_a_step(service: Service) -> None:

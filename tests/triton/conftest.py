@@ -14,7 +14,7 @@ from bksdm_runtime.pipeline import Pipeline
 from tests.triton.server import Server, is_installed
 
 ONE = EngineSettings(backend="onnxruntime", threads=1)
-SLOTS, MAX_QUEUE = 4, 6
+SLOTS, MAX_QUEUE = 4, 12
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

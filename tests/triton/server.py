@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / ".venv-triton"
 _REGION = "triton_python_backend_shm_region_"
+_SHARED = Path("/dev/shm")
 _STARTS_IN = 120  # seconds, on two busy cores; 6 measured on idle ones
 
 
@@ -38,6 +39,7 @@ class Server:
         self.http, self.grpc, self.metrics_port = _free_ports(3)
         self.log = folder / "tritonserver.log"
         self._regions: set[str] = set()
+        self.left_behind: list[str] = []  # shared memory that it had not given back when it ended
 
     def __enter__(self) -> Server:
         self.start()
@@ -87,8 +89,7 @@ class Server:
             f"--metrics-port={self.metrics_port}",
             "--metrics-interval-ms=200",
             "--allow-gpu-metrics=false",
-            "--exit-timeout-secs=5",
-            *self.options,
+            *(self.options or ["--exit-timeout-secs=5"]),
         ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -102,12 +103,13 @@ class Server:
         if self.process.poll() is None:
             self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
+            self.process.wait(60)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(20)
+        self.left_behind = sorted(region for region in self._regions if (_SHARED / region).exists())
         for region in self._regions:
-            (Path("/dev/shm") / region).unlink(missing_ok=True)
+            (_SHARED / region).unlink(missing_ok=True)
 
     def _note_regions(self) -> None:
         self._regions |= {word for words in self._stubs().values() for word in words if word.startswith(_REGION)}
@@ -166,6 +168,15 @@ class Server:
         """The processes that run a model's Python."""
         path = str(self.repository / model / "1" / "model.py")
         return [pid for pid, words in self._stubs().items() if path in words]
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes: what its processes hold for themselves, and what they share."""
+        own = 0
+        for pid in (self.process.pid, *self._stubs()):
+            with suppress(OSError):  # one that ends
+                words = Path(f"/proc/{pid}/status").read_text().split()
+                own += int(words[words.index("RssAnon:") + 1]) * 1024
+        return own, sum((_SHARED / region).stat().st_blocks * 512 for region in self._regions)
 
     def _stubs(self) -> dict[int, list[str]]:
         """Arguments of this server's processes that run Python, by their id."""

@@ -11,13 +11,10 @@ from typing import Any
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
 from bksdm_runtime.request import RequestError
-from bksdm_runtime.served_request import FIELDS, Limits, LimitsError, filled
+from bksdm_runtime.served_request import FIELDS, Limits, LimitsError, filled, is_unavailable
 
 _CORE = "txt2img_core"
 _OUTPUTS = {b"png": "png", b"png_b64": "png_b64", b"raw": "image"}
-# A core's error comes with code INTERNAL whatever it was (Triton 2.51): what its queue says when it is full, when a
-# request's time is over, and what the core itself says when it is down.
-_UNAVAILABLE = ("maximum queue size", "timeout expired", "no pictures any more", "not ready", "not healthy")
 
 
 class TritonPythonModel:
@@ -59,8 +56,8 @@ def _ask(request: Any, fields: dict[str, Any]) -> Any:
     for response in inner.exec(decoupled=True):
         if response.has_error():
             message = response.error().message()
-            unavailable = any(phrase in message.lower() for phrase in _UNAVAILABLE)
-            code = pb_utils.TritonError.UNAVAILABLE if unavailable else pb_utils.TritonError.INTERNAL
+            errors = pb_utils.TritonError  # the core's comes with code INTERNAL whatever it was (Triton 2.51)
+            code = errors.UNAVAILABLE if is_unavailable(message) else errors.INTERNAL
             return _refusal(message, code)
         found |= {tensor.name(): tensor for tensor in response.output_tensors() if tensor.name() in wanted}
     if len(found) < len(wanted):

@@ -20,7 +20,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
 from bksdm_runtime.request import RequestError
-from bksdm_runtime.served_request import FIELDS, read
+from bksdm_runtime.served_request import FIELDS, Order, read
 from bksdm_runtime.service import SERVICE_ERRORS, Refusal, open_service
 
 # By name: while this file is imported, the module has nothing yet of what Triton puts into it.
@@ -122,11 +122,13 @@ class TritonPythonModel:
         metrics = Metrics()
         try:
             self._service, self._limits = open_service(folder, texts, metrics.observe)
+            self._queue_seconds = float(texts["queue_seconds"])
         except SERVICE_ERRORS as error:
             raise pb_utils.TritonModelException(str(error)) from None
         metrics.start()
 
     def execute(self, requests: list[Any]) -> None:
+        asked: list[tuple[Order, Sender, float]] = []
         for request in requests:
             sender = Sender(request.get_response_sender(), request.requested_output_names())
             try:
@@ -138,7 +140,9 @@ class TritonPythonModel:
                 logging.exception("a request cannot be read")
                 sender.refuse(Refusal("internal", "the request cannot be read: the server's log says why"))
             else:
-                self._service.submit(order, sender)
+                seconds = request.timeout() / 1e6 or self._queue_seconds  # microseconds, 0 where it does not say
+                asked.append((order, sender, seconds))
+        self._service.submit_all(asked)
 
     def finalize(self) -> None:
         self._service.close()
