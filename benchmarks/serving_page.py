@@ -23,8 +23,8 @@ def write(page: Path, found: Mapping[str, Any]) -> None:
 def table(found: Mapping[str, Any]) -> str:
     rows = [
         f"Triton {found['triton']}, {found['machine']}, {found['threads']} threads, ONNX Runtime "
-        f"{found['onnxruntime']}, {found['model']}, {found['steps']} steps, turns of {found['seconds']:g} s; latency in "
-        "seconds.",
+        f"{found['onnxruntime']}, {found['model']}, {found['steps']} steps, turns of {found['seconds']:g} s; "
+        "latency in seconds.",
         "",
         "| clients | ours, pictures/s | p50 | p90 | p99 | plain, pictures/s | p50 | p90 | p99 | ratio |",
         "|---|---|---|---|---|---|---|---|---|---|",

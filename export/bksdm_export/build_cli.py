@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bksdm_export.profiles import Span
 from bksdm_export.tensorrt_versions import HARDWARE_CHOICES
+from bksdm_runtime.command import run as run_command
 from bksdm_runtime.plans import LIBRARIES
 from bksdm_runtime.version import version
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from bksdm_export.to_tensorrt import Built
 
 _PROGRAM = "bksdm-build"
-_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 class _SpanType(click.ParamType):
@@ -218,15 +218,7 @@ def table(built: Sequence[Built]) -> str:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command as a function, from arguments (None: the process's own) to its exit code."""
-    try:
-        code: object = command.main(args=arguments, prog_name=_PROGRAM, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:
-        click.echo(f"{_PROGRAM}: interrupted", err=True)
-        return _INTERRUPTED
+    return run_command(command, _PROGRAM, arguments)
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from bksdm.variants import VARIANTS
 from bksdm_export.build_cli import shown
 from bksdm_export.build_cli import table as engines_table
 from bksdm_export.graphs import DEPTHS, INT8_ERROR, LARGEST_DOWNSAMPLING, PRECISIONS, STORAGES
+from bksdm_runtime.command import run as run_command
 from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-export"
-_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _DEFAULT_VARIANT = "small"
 TARGETS = ("onnx", "tensorrt", "triton")
 _WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".pkl")
@@ -330,15 +330,7 @@ def _log_to_stderr(verbose: bool) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command as a function, from arguments (None: the process's own) to its exit code."""
-    try:
-        code: object = command.main(args=arguments, prog_name=_PROGRAM, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:
-        click.echo(f"{_PROGRAM}: interrupted", err=True)
-        return _INTERRUPTED
+    return run_command(command, _PROGRAM, arguments)
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 
+from bksdm_runtime.command import run as run_command
 from bksdm_runtime.engine import BACKENDS, EngineError, EngineSettings, MissingBackend
 from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-triton"
-_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 class _SizeType(click.ParamType):
@@ -81,8 +81,8 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     type=click.Choice(("core", "bls")),
     default="core",
     show_default=True,
-    help="bls: text encoder, U-Net and decoder as plain models of Triton's tensorrt or onnxruntime backend, the loop in "
-    "Python; no shared evaluations, no stream. Those backends have not run it yet.",
+    help="bls: text encoder, U-Net and decoder as plain models of Triton's tensorrt or onnxruntime backend, the loop "
+    "in Python; no shared evaluations, no stream. Those backends have not run it yet.",
 )
 @click.option("--engines", metavar="NAME", help="Of --layout bls: which folder of the bundle's engines/.")
 @click.option("--link", is_flag=True, help="Hard links to the bundle's files, not copies.")
@@ -152,22 +152,16 @@ def command(
         click.echo(f"{_PROGRAM}: {error}", err=True)
         return 1
     if preview is not None:
-        click.echo(f"previews: {preview.psnr:.1f} dB of the decoder's pictures, on {preview.pictures} not fitted", err=True)
+        click.echo(
+            f"previews: {preview.psnr:.1f} dB of the decoder's pictures, on {preview.pictures} not fitted", err=True
+        )
     click.echo(str(output))
     return 0
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command as a function, from arguments (None: the process's own) to its exit code."""
-    try:
-        code: object = command.main(args=arguments, prog_name=_PROGRAM, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:
-        click.echo(f"{_PROGRAM}: interrupted", err=True)
-        return _INTERRUPTED
+    return run_command(command, _PROGRAM, arguments)
 
 
 def main() -> None:

@@ -62,7 +62,9 @@ def check_repository(output: Path, *, force: bool) -> None:
     check_target(output, force=force, marker=MARKER)
 
 
-def write_repository(request: RepositoryRequest, progress: Callable[[str], None] = lambda stage: None) -> Preview | None:
+def write_repository(
+    request: RepositoryRequest, progress: Callable[[str], None] = lambda stage: None
+) -> Preview | None:
     """Write the repository, and give the map of its previews, which says how good it is; layout "bls" has none.
 
     settings: of the engines that draw the pictures which the preview is fitted to. Raises ExportError, BundleError,
@@ -90,9 +92,7 @@ def write_repository(request: RepositoryRequest, progress: Callable[[str], None]
     return preview
 
 
-def _write_bls(
-    request: RepositoryRequest, bundle: Bundle, serving: Serving, progress: Callable[[str], None]
-) -> None:
+def _write_bls(request: RepositoryRequest, bundle: Bundle, serving: Serving, progress: Callable[[str], None]) -> None:
     graphs = triton_bls.choose_graphs(bundle, serving, request.engines)
     with whole_or_nothing(request.output, force=request.force, marker=MARKER) as folder:
         progress(f"writing the repository, of {graphs.backend} models")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from bksdm_runtime.command import run as run_command
 from bksdm_runtime.compiled_cache import user_folder
 from bksdm_runtime.engine import ARITHMETICS, BACKENDS, EngineSettings, MissingBackend
 from bksdm_runtime.request import NOISES, SEED_MAX, SEED_MIN, Request
@@ -29,7 +30,6 @@ _FROM_PNG_TAKES = (
     "compiled_cache",
     "verbose",
 )
-_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 class _StdoutError(Exception):
@@ -240,14 +240,7 @@ def command(
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command as a function, from arguments (None: the process's own) to its exit code."""
     try:
-        code: object = command.main(args=arguments, prog_name=_PROGRAM, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:
-        click.echo(f"{_PROGRAM}: interrupted", err=True)
-        return _INTERRUPTED
+        return run_command(command, _PROGRAM, arguments)
     except _StdoutError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and not isinstance(cause, BrokenPipeError):  # a reader that is gone had enough

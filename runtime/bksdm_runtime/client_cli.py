@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 
+from bksdm_runtime.command import run as run_command
 from bksdm_runtime.schedule import SAMPLERS
 from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-client"
-_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _MAX_SEED = 2**64 - 1
 
 
@@ -143,15 +143,7 @@ def command(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command as a function, from arguments (None: the process's own) to its exit code."""
-    try:
-        code: object = command.main(args=arguments, prog_name=_PROGRAM, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:
-        click.echo(f"{_PROGRAM}: interrupted", err=True)
-        return _INTERRUPTED
+    return run_command(command, _PROGRAM, arguments)
 
 
 def main() -> None:

@@ -194,19 +194,11 @@ def _init_image_hashes(requests: Sequence[Request]) -> dict[Path, str]:
 
 def _save(path: Path, item: Images, pipeline: Pipeline, hashes: Mapping[Path, str]) -> None:
     [request], [pixels], [batch_index] = item.requests, item.pixels, item.batch_indices
-    manifest = pipeline.bundle.manifest
-    provenance = Provenance(
-        bundle=pipeline.bundle.sha256,
-        variant=manifest.variant,
-        backend=pipeline.backend,
-        precision=manifest.precision,
-        version=version(),
+    provenance = replace(
+        pipeline.provenance(),
         batch_size=item.batch_size,
         batch_index=batch_index,
-        threads=pipeline.threads,
-        arithmetic=pipeline.arithmetic,
         init_image=hashes[request.init_image] if isinstance(request.init_image, Path) else "",
-        token_downsampling=manifest.token_downsampling,
     )
     save_png(path, pixels, request, provenance)
 

@@ -33,7 +33,7 @@ from bksdm_runtime.engine import (
     resolve_backend,
 )
 from bksdm_runtime.evaluations import Evaluation, plan_evaluations
-from bksdm_runtime.image import from_image, open_image, to_rgb, to_uint8
+from bksdm_runtime.image import Provenance, from_image, open_image, to_rgb, to_uint8
 from bksdm_runtime.noise import Generator as NoiseGenerator
 from bksdm_runtime.noise import open_generator
 from bksdm_runtime.request import Request, RequestError, check_latents, check_size, check_tile
@@ -41,6 +41,7 @@ from bksdm_runtime.schedule import Schedule
 from bksdm_runtime.stepping import History, first_latents, guided, next_latents
 from bksdm_runtime.tiles import decode_tiles
 from bksdm_runtime.tokenizer import Tokenizer
+from bksdm_runtime.version import version
 
 Array = NDArray[np.float32]
 
@@ -249,6 +250,20 @@ class Pipeline:
             if isinstance(item, Images):
                 pictures |= zip(item.positions, item.pixels, strict=True)
         return [pictures[position] for position in range(len(requests))]
+
+    def provenance(self) -> Provenance:
+        """What makes its pictures, singly; whoever draws in batches or from pictures adds that."""
+        manifest = self.bundle.manifest
+        return Provenance(
+            bundle=self.bundle.sha256,
+            variant=manifest.variant,
+            backend=self.backend,
+            precision=manifest.precision,
+            version=version(),
+            threads=self.threads,
+            arithmetic=self.arithmetic,
+            token_downsampling=manifest.token_downsampling,
+        )
 
     def encode_text(self, prompt: str) -> Array:
         """Context of one prompt, [77, D]. What does not fit 77 tokens is dropped, and said so in the log."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.bundle import BundleError
 from bksdm_runtime.engine import EngineError, EngineSettings
-from bksdm_runtime.image import Provenance, encode_png
+from bksdm_runtime.image import encode_png
 from bksdm_runtime.inflight import Drawn, InFlight, Observe, Stepped
 from bksdm_runtime.pipeline import Pipeline
 from bksdm_runtime.preview import Preview
@@ -32,7 +32,6 @@ from bksdm_runtime.schedule import ScheduleError
 from bksdm_runtime.served_request import Limits, LimitsError, Order
 from bksdm_runtime.strict_json import JsonError
 from bksdm_runtime.tokenizer import TokenizerError
-from bksdm_runtime.version import version
 
 BUNDLE_FOLDER, PREVIEW_FILE = "bundle", "preview.json"
 # What a server's operator can cause: each message is one sentence, and no traceback belongs to it.
@@ -117,7 +116,7 @@ class Service:
         Blocks until the last has one. What is cancelled or overdue meanwhile is refused then, and holds nothing up.
         """
         came = time.perf_counter()
-        waiting = [_Client(order, answers, came, came + seconds) for order, answers, seconds in asked]
+        waiting: list[_Client] = [_Client(order, answers, came, came + wait) for order, answers, wait in asked]
         while waiting and self._is_alive():
             with self._changed:
                 if self._taken >= self._under_way.slots:
@@ -216,7 +215,9 @@ class Service:
     def _encode(self, client: _Client, drawn: Drawn) -> None:
         started = time.perf_counter()
         try:
-            output, value = encoded(self._under_way.pipeline, replace(client.order, request=drawn.request), drawn.pixels)
+            output, value = encoded(
+                self._under_way.pipeline, replace(client.order, request=drawn.request), drawn.pixels
+            )
         except Exception as error:
             _say(error)
             _told(client, lambda: client.answers.refuse(_LOST))
@@ -250,18 +251,7 @@ def encoded(pipeline: Pipeline, order: Order, pixels: NDArray[np.uint8]) -> tupl
     """A picture in its order's format: the output's name, see Answers.picture, and its value."""
     if order.format == "raw":
         return "image", pixels
-    manifest = pipeline.bundle.manifest
-    provenance = Provenance(
-        bundle=pipeline.bundle.sha256,
-        variant=manifest.variant,
-        backend=pipeline.backend,
-        precision=manifest.precision,
-        version=version(),
-        threads=pipeline.threads,
-        arithmetic=pipeline.arithmetic,
-        token_downsampling=manifest.token_downsampling,
-    )
-    png = encode_png(pixels, order.request, provenance)
+    png = encode_png(pixels, order.request, pipeline.provenance())
     return order.format, base64.b64encode(png) if order.format == "png_b64" else png
 
 
