@@ -49,7 +49,7 @@ def test_the_table_lands_between_its_markers_and_again(page: ModuleType, tmp_pat
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
-    assert text.count("| 8 | 3.00 | 2.00 | 2.80 | 2.98 | 2.00 | 2.00 | 2.80 | 2.98 | 1.50 (1.50-1.50) |") == 1
+    assert text.count("| 8 | 3.00 | 2.00 | 3.00 | 3.00 | 2.00 | 2.00 | 3.00 | 3.00 | 1.50 (1.50-1.50) |") == 1
 
 
 def test_the_page_has_the_markers(page: ModuleType) -> None:

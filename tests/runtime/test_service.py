@@ -140,9 +140,9 @@ def test_submitting_blocks_while_every_slot_is_taken(service: Service) -> None:
 def test_what_waits_for_a_slot_is_refused_when_it_is_cancelled_or_overdue_and_the_rest_waits_on(
     service: Service,
 ) -> None:
-    running = [Noted(), Noted()]
-    for answers in running:
-        service.submit(order(LONG), answers)
+    held, other = Held(), Noted()  # the service stands still while they wait: no slot gets free
+    service.submit(order(LONG), held)
+    service.submit(order(LONG), other)
     overdue, cancelled, patient = Noted(), Noted(), Noted()
     waiting = [(order(), overdue, 0.3), (order(), cancelled, 60.0), (order(), patient, 60.0)]
     submitting = threading.Thread(target=service.submit_all, args=(waiting,))
@@ -153,9 +153,10 @@ def test_what_waits_for_a_slot_is_refused_when_it_is_cancelled_or_overdue_and_th
     assert refusal.kind == "unavailable"
     assert is_unavailable(refusal.message)
     assert patient.last is None
-    running[0].cancelled = True
+    held.cancelled = True
+    held.go_on.set()
     assert patient.wait()[0] == "image"
-    running[1].cancelled = True
+    other.cancelled = True
     submitting.join(20)
 
 
