@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -410,11 +411,17 @@ def test_an_unwritable_folder_is_noticed_before_the_work(
 
 
 def test_a_full_disk_is_one_sentence(bksdm_run: Run, quick: Sequence[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Image.Image, file: io.BufferedWriter, **_: object) -> None:
-        file.write(b"half a picture")
-        raise OSError(28, "No space left on device")
+    opened = Path.open
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    def full(self: Path, *args: Any, **kwargs: Any) -> Any:
+        file = opened(self, *args, **kwargs)
+        if self.suffix == ".part":
+            with file:
+                file.write(b"half a picture")
+            raise OSError(28, "No space left on device")
+        return file
+
+    monkeypatch.setattr(Path, "open", full)
     sentence = "bksdm-run: x.png cannot be written: No space left on device\n"
     assert bksdm_run("a", *quick, "-o", "x.png") == (1, "", sentence)
     assert pictures() == []
