@@ -78,10 +78,9 @@ class Client:
     def draw(self, prompt: str, **fields: Unpack[Fields]) -> Picture:
         """One picture. Raises ClientError."""
         request = request_for(prompt, fields, self.limits(), steps=False)
-        for item in self._items(request):
-            if isinstance(item, Picture):
-                return item
-        raise self._target.no_picture()
+        *_, picture = self._whole(request)
+        assert isinstance(picture, Picture)
+        return picture
 
     def stream(
         self, prompt: str, *, preview: bool = False, **fields: Unpack[Fields]
@@ -90,13 +89,23 @@ class Client:
 
         Nothing is asked before the first item is. Raises ClientError.
         """
-        request = request_for(prompt, fields, self.limits(), steps=True, preview=preview)
-        found = False
+        yield from self._whole(request_for(prompt, fields, self.limits(), steps=True, preview=preview))
+
+    def _whole(self, request: Any) -> Generator[Step | Picture, None, None]:
+        """Steps, and last the picture, which is held back until the stream has ended.
+
+        Triton 2.51 never releases a stream that is cancelled between its picture and its end: its model then does not
+        unload, and the server waits out its exit timeout.
+        """
+        picture: Picture | None = None
         for item in self._items(request):
-            found = isinstance(item, Picture)
-            yield item
-        if not found:
+            if isinstance(item, Picture):
+                picture = item
+            else:
+                yield item
+        if picture is None:
             raise self._target.no_picture()
+        yield picture
 
     def _items(self, request: Any) -> Generator[Step | Picture, None, None]:
         call = self._stub.ModelStreamInfer(iter([request]), **self._target.options())
@@ -143,30 +152,41 @@ class AsyncClient:
     async def draw(self, prompt: str, **fields: Unpack[Fields]) -> Picture:
         """As Client.draw; cancelling the task cancels the picture."""
         request = request_for(prompt, fields, await self.limits(), steps=False)
-        items = self._items(request)
+        items = self._whole(request)
         try:
-            async for item in items:
-                if isinstance(item, Picture):
-                    return item
+            found = [item async for item in items]
         finally:
             await items.aclose()
-        raise self._target.no_picture()
+        assert isinstance(found[-1], Picture)
+        return found[-1]
 
     async def stream(
         self, prompt: str, *, preview: bool = False, **fields: Unpack[Fields]
     ) -> AsyncGenerator[Step | Picture, None]:
         """As Client.stream. `contextlib.aclosing` closes it where a loop over it may end early."""
         request = request_for(prompt, fields, await self.limits(), steps=True, preview=preview)
-        items = self._items(request)
-        found = False
+        items = self._whole(request)
         try:
             async for item in items:
-                found = isinstance(item, Picture)
                 yield item
         finally:
             await items.aclose()
-        if not found:
+
+    async def _whole(self, request: Any) -> AsyncGenerator[Step | Picture, None]:
+        """As Client's."""
+        items = self._items(request)
+        picture: Picture | None = None
+        try:
+            async for item in items:
+                if isinstance(item, Picture):
+                    picture = item
+                else:
+                    yield item
+        finally:
+            await items.aclose()
+        if picture is None:
             raise self._target.no_picture()
+        yield picture
 
     async def _items(self, request: Any) -> AsyncGenerator[Step | Picture, None]:
         call = self._stub.ModelStreamInfer(_once(request), **self._target.options())
