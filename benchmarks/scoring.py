@@ -38,7 +38,6 @@ from bksdm_evaluation.protocol import CLEAN, PROTOCOLS, PUBLISHED  # noqa: E402
 from bksdm_evaluation.scoring import FeatureMeter, Source, run  # noqa: E402
 
 BATCH = 16
-AIM = 1.15  # times the features alone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from bksdm_evaluation import score_cli
+from bksdm_evaluation import gate_cli, generate_cli, score_cli
 from bksdm_evaluation.figures_file import refuse_unwritable, versions, write_figures
 from bksdm_evaluation.progress import bar
 
@@ -242,7 +242,13 @@ def student(
         )
 
 
-for _command in score_cli.COMMANDS:
+for _command in (
+    generate_cli.generate,
+    score_cli.statistics,
+    score_cli.score,
+    gate_cli.compare,
+    gate_cli.report,
+):
     commands.add_command(_command)
 
 

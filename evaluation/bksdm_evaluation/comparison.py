@@ -97,10 +97,13 @@ def compare(
 
 
 def differences_of_scores(compared: Compared, reference: FeatureSet | None) -> dict[str, Interval]:
-    """Second set less first, of every score that was measured; FID where there are enough pictures for one."""
+    """Second set less first, of every score that was measured; FID where there are enough pictures for one.
+
+    KID and FID are of the sets' samples. Raises FeatureSetError where the reference was prepared otherwise."""
     found: dict[str, Interval] = {}
     if compared.features is not None and reference is not None:
         first, second = compared.features
+        first.refuse_other(reference)
         a, b = first.sample.astype(np.float64), second.sample.astype(np.float64)
         if len(reference.sample):
             found["kid"] = intervals.of_kernel_distances(b, a, reference.sample.astype(np.float64))

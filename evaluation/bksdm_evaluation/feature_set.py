@@ -67,6 +67,13 @@ class FeatureSet:
             self.said,
         )
 
+    def refuse_other(self, reference: FeatureSet) -> None:
+        """Raises FeatureSetError where the reference was prepared otherwise: no distance to it means anything."""
+        if self.said != reference.said:
+            raise FeatureSetError(
+                f"the reference was prepared as {dict(reference.said)}, the pictures as {dict(self.said)}: no scores"
+            )
+
     def save(self, path: Path) -> None:
         """As .npz, whose `mu` and `sigma` are pytorch-fid's. Whole or not at all. Raises OSError."""
         temporary = path.with_name(f".{path.name}.part")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,7 @@ def generate(
         full.mkdir(parents=True, exist_ok=True)
     _claim(folder, job, artist)
     waiting = pending(job, shard, folder)
+    _clear_parts(folder, {job.captions.rows[i].name for i in waiting})
     noise = job.protocol.noise(job.seed, artist.latent_shape)
     rows, batch = job.captions.rows, job.settings.batch_size
     for start in range(0, len(waiting), batch):
@@ -134,6 +135,13 @@ def _claim(folder: Path, job: Job, artist: Artist) -> None:
         raise GenerationError(
             f"{folder} holds pictures that were drawn otherwise ({'; '.join(others[:4])}): take another folder"
         )
+
+
+def _clear_parts(folder: Path, names: Set[str]) -> None:
+    """Remove what a killed process left of these pictures, which are nobody else's."""
+    for part in folder.glob(".*.part"):
+        if part.name.removeprefix(".").partition(".")[0] in names:
+            part.unlink(missing_ok=True)
 
 
 def write_whole(place: Path, content: bytes) -> None:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from bksdm_export.profiles import Span
 from bksdm_export.tensorrt_versions import HARDWARE_CHOICES
 from bksdm_runtime.command import run as run_command
+from bksdm_runtime.command import version_option
 from bksdm_runtime.plans import LIBRARIES
-from bksdm_runtime.version import version
 
 if TYPE_CHECKING:
     from bksdm_export.builder_process import Progress
@@ -34,12 +34,6 @@ class _SpanType(click.ParamType):
             return value if isinstance(value, Span) else Span.parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-
-
-def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        click.echo(f"{_PROGRAM} {version()}")
-        context.exit()
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -78,7 +72,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 @click.option("--add", is_flag=True, help="Add the sizes to those of the engine that is there.")
 @click.option("--force", is_flag=True, help="Build again what is there and fits.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
+@version_option(_PROGRAM)
 def command(
     bundle: Path,
     library: str | None,

@@ -16,7 +16,7 @@ from bksdm_export.build_cli import shown
 from bksdm_export.build_cli import table as engines_table
 from bksdm_export.graphs import DEPTHS, INT8_ERROR, LARGEST_DOWNSAMPLING, PRECISIONS, STORAGES
 from bksdm_runtime.command import run as run_command
-from bksdm_runtime.version import version
+from bksdm_runtime.command import version_option
 
 _PROGRAM = "bksdm-export"
 _DEFAULT_VARIANT = "small"
@@ -26,12 +26,6 @@ _LORA_FILE = "pytorch_lora_weights.safetensors"  # bksdm.lora.FILE, which needs 
 # What the export extra brings.
 _EXTRA = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _EXTRA_INT8 = "nncf"
-
-
-def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        click.echo(f"{_PROGRAM} {version()}")
-        context.exit()
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -111,7 +105,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
+@version_option(_PROGRAM)
 def command(
     variant: str | None,
     weights: str | None,

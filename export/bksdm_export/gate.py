@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bksdm.checkpoint import Checkpoint
 from bksdm.packages import PackageError
 from bksdm.perceptual import Lpips
-from bksdm_evaluation import gate, intervals
+from bksdm_evaluation import gate
 from bksdm_evaluation.artists import Artist, BundleArtist, CheckpointArtist, Settings
 from bksdm_evaluation.protocol import CLEAN
 from bksdm_evaluation.retrieval import ScoreError
@@ -63,7 +63,7 @@ def judge(bundle: Bundle, exact: Pictures, settings: EngineSettings, progress: C
     bounds = gate.Bounds()
     if manifest.precision == "int8" or manifest.token_downsampling > 1:
         bounds = replace(bounds, drift=math.inf)
-    found = gate.figures(pairs, gate.drifts(pairs, intervals.of_mean), {}, bounds)
+    found = gate.figures(pairs, gate.drifts(pairs), {}, bounds)
     if not found["passed"]:
         failed = [f"{one['what']} is {one['found']}" for one in found["questions"] if one["passed"] is False]
         raise ExportError(

@@ -17,14 +17,10 @@ from numpy.typing import NDArray
 
 from bksdm.packages import PackageError
 from bksdm.perceptual import Lpips
+from bksdm_evaluation.gate import LPIPS_BOUND, PSNR_BOUND
+from bksdm_evaluation.gate import psnr as psnr_of
 from bksdm_export.errors import ExportError
 
-# What the pictures of one export must keep, on average over them. Measured on the demo, 8 pictures of 12 steps: 33.0 dB
-# and 0.025 on ONNX Runtime, 33.1 dB and 0.029 on OpenVINO.
-PSNR_BOUND = 28.0
-LPIPS_BOUND = 0.06
-_PEAK = 255
-_SAME = 99.0  # dB, for pictures without a difference
 _LPIPS_SIDE = 32  # Lpips takes no smaller ones
 
 
@@ -64,18 +60,13 @@ def judge(backend: str, pairs: Sequence[tuple[NDArray[np.uint8] | None, NDArray[
             psnr.append(-math.inf)
             lpips.append(math.inf)
             continue
-        psnr.append(_psnr(found, expected))
+        psnr.append(psnr_of(found, expected))
         lpips.append(float(distance(_tensor(found), _tensor(expected))))
     return Likeness(backend, tuple(psnr), tuple(lpips))
-
-
-def _psnr(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
-    square = float(np.square(found.astype(np.float64) - expected).mean())
-    return min(_SAME, 10 * math.log10(_PEAK**2 / square)) if square else _SAME
 
 
 def _tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
     """[1, 3, H, W] in [-1, 1]; a picture too small for LPIPS with every pixel repeated."""
     times = math.ceil(_LPIPS_SIDE / min(pixels.shape[:2]))
     large = pixels.repeat(times, axis=0).repeat(times, axis=1)
-    return torch.from_numpy(large.astype(np.float32) / (_PEAK / 2) - 1).permute(2, 0, 1)[None]
+    return torch.from_numpy(large.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]

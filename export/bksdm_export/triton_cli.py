@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from bksdm_runtime.command import run as run_command
+from bksdm_runtime.command import version_option
 from bksdm_runtime.engine import BACKENDS, EngineError, EngineSettings, MissingBackend
-from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-triton"
 
@@ -28,12 +28,6 @@ class _SizeType(click.ParamType):
             return value if isinstance(value, tuple) else read_size(value)
         except LimitsError as error:
             self.fail(str(error), param, ctx)
-
-
-def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        click.echo(f"{_PROGRAM} {version()}")
-        context.exit()
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -88,7 +82,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
 @click.option("--link", is_flag=True, help="Hard links to the bundle's files, not copies.")
 @click.option("--force", is_flag=True, help="Replace a repository that is there.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
+@version_option(_PROGRAM)
 def command(
     bundle: Path,
     output: Path,

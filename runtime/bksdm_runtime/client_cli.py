@@ -10,17 +10,11 @@ from pathlib import Path
 import click
 
 from bksdm_runtime.command import run as run_command
+from bksdm_runtime.command import version_option
 from bksdm_runtime.schedule import SAMPLERS
-from bksdm_runtime.version import version
 
 _PROGRAM = "bksdm-client"
 _MAX_SEED = 2**64 - 1
-
-
-def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        click.echo(f"{_PROGRAM} {version()}")
-        context.exit()
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -78,7 +72,7 @@ def _print_version(context: click.Context, _parameter: click.Parameter, wanted: 
     metavar="SECONDS",
     help="For a picture, its wait in the server's queue included.  [default: none]",
 )
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
+@version_option(_PROGRAM)
 @click.pass_context
 def command(
     context: click.Context,

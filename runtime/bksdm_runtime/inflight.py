@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from bksdm_runtime import demands
 from bksdm_runtime.batches import MEMORY_BUDGET, Batch, batch_limit
+from bksdm_runtime.checks import check
 from bksdm_runtime.contract import DEEP
 from bksdm_runtime.engine import EngineError
 from bksdm_runtime.evaluations import Evaluation
-from bksdm_runtime.pipeline import Pipeline, check
+from bksdm_runtime.pipeline import Pipeline
 from bksdm_runtime.request import Request
 from bksdm_runtime.rows import equal_counts
 from bksdm_runtime.stepping import Array, History, first_latents, guided, next_latents

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.bundle import BundleError
+from bksdm_runtime.checks import check
 from bksdm_runtime.engine import EngineError, EngineSettings
 from bksdm_runtime.image import ImageError, Provenance, make_folder, read_request, refuse_unwritable, save_png
 from bksdm_runtime.manifest import Manifest
 from bksdm_runtime.naming import NamingError, targets
-from bksdm_runtime.pipeline import Images, Pipeline, Step, check
+from bksdm_runtime.pipeline import Images, Pipeline, Step
 from bksdm_runtime.request import Request, RequestError
 from bksdm_runtime.schedule import ScheduleError, StepsError
 from bksdm_runtime.tokenizer import TokenizerError

@@ -35,9 +35,9 @@ def test_a_merge_of_shards_is_the_whole_in_any_order() -> None:
         assert merged.count == 90
         np.testing.assert_array_equal(merged.keys, whole.keys)
         np.testing.assert_array_equal(merged.sample, whole.sample)
-        assert abs(frechet_distance(merged, other) - distance) <= 1e-11 * distance  # measured 2e-15 to 6e-13
+        assert abs(frechet_distance(merged, other) - distance) <= 1e-12 * distance  # measured 6e-16
     np.testing.assert_allclose(whole.mean, FEATURES.mean(0), rtol=1e-13)
-    np.testing.assert_allclose(whole.covariance, np.cov(FEATURES.T), rtol=1e-9)  # sums lose what the mean adds
+    np.testing.assert_allclose(whole.covariance, np.cov(FEATURES.T), rtol=1e-12)  # measured 3e-14
 
 
 def test_the_sample_is_of_the_same_names_whatever_the_order(monkeypatch: pytest.MonkeyPatch) -> None:

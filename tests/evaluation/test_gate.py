@@ -14,9 +14,10 @@ from PIL import Image
 
 from bksdm import checkpoint
 from bksdm.checkpoint import Checkpoint
-from bksdm_evaluation import cli, comparison, gate, intervals
+from bksdm_evaluation import cli, comparison, gate
 from bksdm_evaluation.artists import CheckpointArtist, Settings
 from bksdm_evaluation.captions import Caption, Captions
+from bksdm_evaluation.feature_set import Accumulator, FeatureSet, FeatureSetError
 from bksdm_evaluation.generation import Job, generate
 from bksdm_evaluation.picture_sets import generated
 from bksdm_evaluation.protocol import CLEAN
@@ -48,7 +49,7 @@ def verdict(exact: Path, folder: Path) -> dict[str, bool | None]:
     a, b = (generated([one], None, 128) for one in (exact, folder))
     nothing = Networks((), None, None, None)
     compared = comparison.compare(a, b, Mean(), nothing, {})
-    drifts = gate.drifts(compared.pairs, intervals.of_mean)
+    drifts = gate.drifts(compared.pairs)
     return {one.what: one.passed for one in gate.judge(compared.pairs, drifts, {}, gate.Bounds())}
 
 
@@ -150,6 +151,21 @@ def test_sets_that_differ_in_more_than_the_model_are_refused(exact: Path, tmp_pa
     (other / "03.png").unlink()
     with pytest.raises(Exception, match="1 picture of the first set without a picture: 03"):
         verdict(exact, other)
+
+
+def test_a_reference_that_was_prepared_otherwise_is_refused() -> None:
+    random = np.random.default_rng(0)
+
+    def of(protocol: str) -> FeatureSet:
+        taken = Accumulator(4)
+        taken.add([str(i) for i in range(9)], random.normal(size=(9, 4)))
+        return taken.result({"protocol": protocol})
+
+    pairs = gate.Pairs([], np.empty(0), np.empty(0), {})
+    compared = comparison.Compared(pairs, (of("clean"), of("clean")), None)
+    assert "kid" in comparison.differences_of_scores(compared, of("clean"))
+    with pytest.raises(FeatureSetError, match="the reference was prepared as"):
+        comparison.differences_of_scores(compared, of("published"))
 
 
 def test_psnr_and_looks_are_their_formulas() -> None:

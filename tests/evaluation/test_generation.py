@@ -86,6 +86,15 @@ def test_killed_anywhere_it_goes_on_and_ends_the_same(tmp_path: Path, protocol) 
         assert files(folder) == expected
 
 
+def test_what_a_killed_process_left_of_its_own_pictures_goes(tmp_path: Path) -> None:
+    own, others = tmp_path / ".002.png.host-7.part", tmp_path / ".003.png.host-7.part"
+    for part in (own, others):
+        part.write_bytes(b"half")
+    generate(Painter(), JOB, tmp_path, Shard(0, 2))
+    assert not own.exists()
+    assert others.exists()  # another shard's, which may be at it
+
+
 @pytest.mark.parametrize("protocol", [CLEAN, PUBLISHED])
 def test_shards_of_any_number_draw_the_same_pictures(tmp_path: Path, protocol) -> None:
     job = replace(JOB, protocol=protocol)

@@ -51,9 +51,8 @@ def test_one_that_does_not_is_not_kept_and_the_question_is_named(
 
 def test_an_approximation_may_drift_but_not_stray(tmp_path: Path) -> None:
     pairs = questions.Pairs(["a"], np.array([40.0]), np.array([0.01]), {"brightness": np.array([[100.0], [110.0]])})
-    drift = {"brightness": questions.drifts(pairs, lambda values: questions.Interval(values.mean(), 0.09, 0.11, ""))}
     bounds = questions.Bounds(drift=float("inf"))
-    asked = questions.judge(pairs, drift["brightness"], {}, bounds)
+    asked = questions.judge(pairs, questions.drifts(pairs), {}, bounds)
     assert [one.passed for one in asked] == [True, True, None]
     assert asked[-1].accepted == "not judged"
 

@@ -21,8 +21,9 @@ from bksdm_runtime import bundle as bundles
 from bksdm_runtime import demands, plans
 from bksdm_runtime.backends import device
 from bksdm_runtime.bundle import BundleError
+from bksdm_runtime.checks import check
 from bksdm_runtime.engine import EngineError, MissingBackend
-from bksdm_runtime.pipeline import Pipeline, Step, check
+from bksdm_runtime.pipeline import Pipeline, Step
 from bksdm_runtime.plans import EngineKey, Machine, Range
 from tests.runtime.standin import (
     HERE,

@@ -119,9 +119,7 @@ class OvEngine:
         with self._compiling:
             if shapes not in self._compiled:
                 while len(self._compiled) >= self._kept:
-                    self._compiled.popitem(
-                        last=False
-                    )  # before the next one is compiled: no more in memory than are kept
+                    self._compiled.popitem(last=False)  # before the next one: no more in memory than are kept
                 self._compiled[shapes] = self._compile(shapes)
             self._compiled.move_to_end(shapes)
             return self._compiled[shapes]
