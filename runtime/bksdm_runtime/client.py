@@ -72,6 +72,8 @@ class Client:
                 answer = self._stub.ModelConfig(self._target.config_request(), **self._target.options())
             except grpc.RpcError as error:
                 raise self._target.error(error) from None
+            except ValueError:  # of grpc, whose channel is closed
+                raise self._target.closed() from None
             self._limits = self._target.limits(answer)
         return self._limits
 
@@ -108,7 +110,10 @@ class Client:
         yield picture
 
     def _items(self, request: Any) -> Generator[Step | Picture, None, None]:
-        call = self._stub.ModelStreamInfer(iter([request]), **self._target.options())
+        try:
+            call = self._stub.ModelStreamInfer(iter([request]), **self._target.options())
+        except ValueError:
+            raise self._target.closed() from None
         try:
             for response in call:
                 yield self._target.item(response)
@@ -146,6 +151,8 @@ class AsyncClient:
                 answer = await self._stub.ModelConfig(self._target.config_request(), **self._target.options())
             except grpc.RpcError as error:
                 raise self._target.error(error) from None
+            except grpc.aio.UsageError:  # the channel is closed
+                raise self._target.closed() from None
             self._limits = self._target.limits(answer)
         return self._limits
 
@@ -189,7 +196,10 @@ class AsyncClient:
         yield picture
 
     async def _items(self, request: Any) -> AsyncGenerator[Step | Picture, None]:
-        call = self._stub.ModelStreamInfer(_once(request), **self._target.options())
+        try:
+            call = self._stub.ModelStreamInfer(_once(request), **self._target.options())
+        except grpc.aio.UsageError:
+            raise self._target.closed() from None
         try:
             async for response in call:
                 yield self._target.item(response)

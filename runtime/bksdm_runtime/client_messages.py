@@ -134,6 +134,9 @@ class Target:
     def no_picture(self) -> FailedError:
         return FailedError(f"{self.address}: the server ended without a picture: its log says why")
 
+    def closed(self) -> GoneError:
+        return GoneError(f"{self.address}: this client is closed")
+
     def _unavailable(self, said: str) -> UnavailableError:
         return UnavailableError(f"{self.address} draws no more pictures now, try again later: {said}")
 

@@ -306,6 +306,26 @@ def test_closing_a_client_ends_what_other_threads_wait_for() -> None:
             waiting.result(10)
 
 
+def test_a_closed_client_says_that_it_is() -> None:
+    async def after_closing(address: str) -> None:
+        client = AsyncClient(address)
+        if knows_limits:
+            await client.limits()
+        await client.close()
+        await client.draw("a")
+
+    for knows_limits in (False, True):
+        with standing_in() as server:
+            client = Client(server.address)
+            if knows_limits:
+                client.limits()
+            client.close()
+            with pytest.raises(GoneError, match="this client is closed"):
+                client.draw("a")
+            with pytest.raises(GoneError, match="this client is closed"):
+                asyncio.run(after_closing(server.address))
+
+
 def test_a_server_of_another_repository_is_said_to_be_one() -> None:
     with (
         standing_in(parameters={}) as server,

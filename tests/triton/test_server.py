@@ -156,9 +156,12 @@ def test_a_picture_is_the_same_alone_and_in_any_company(server: Server, alone: P
 
 
 def steps_stop(server: Server) -> bool:
+    """For half a second there was no step, and nothing waits."""
     before = server.metrics()["bksdm_steps"]
     time.sleep(0.5)
-    return server.metrics()["bksdm_steps"] == before
+    after = server.metrics()
+    waiting = sum(value for name, value in after.items() if name.startswith("nv_inference_pending_request_count"))
+    return after["bksdm_steps"] == before and not waiting
 
 
 def test_cancelling_a_grpc_stream_stops_the_work_and_frees_its_slots(server: Server, alone: Pipeline) -> None:
