@@ -120,8 +120,9 @@ MODELS: Mapping[str, Model] = {
         CURRENT,
         (
             *("{python}", "-c", _EXPORT, "--weights", "{checkpoint}", "--precision", "int8"),
-            *("--step-cache", "--token-downsampling", "2", "-o", "{output}"),
+            *("--step-cache", "--token-downsampling", "2", "--int8-like", "{bundle-int8}", "-o", "{output}"),
         ),
+        needs=("bundle-int8",),
     ),
     "openvino-ours-int8": Model(
         "genai",

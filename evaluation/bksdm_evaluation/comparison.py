@@ -21,17 +21,19 @@ from bksdm_evaluation.intervals import Interval
 from bksdm_evaluation.picture_files import PicturesError, Reader, refuse_missing
 from bksdm_evaluation.picture_sets import PictureSet
 from bksdm_evaluation.scores import Networks
-from bksdm_evaluation.scoring import ClipMeter, FeatureMeter, batches, of_size
+from bksdm_evaluation.scoring import ClipMeter, FeatureMeter, InceptionScoreMeter, batches, of_size
 from bksdm_evaluation.student import perceptual_distances
 
 
 @dataclass(frozen=True, eq=False)
 class Compared:
-    """features: of both sets, their samples being of the same names. clip: of both, [N]. None where not wanted."""
+    """features: of both sets, their samples being of the same names. clip: of both, [N]. inception_scores: of both, of
+    each split. None where not wanted."""
 
     pairs: Pairs
     features: tuple[FeatureSet, FeatureSet] | None
     clip: tuple[NDArray[np.float64], NDArray[np.float64]] | None
+    inception_scores: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
 
 def refuse_others(a: PictureSet, b: PictureSet) -> None:
@@ -66,6 +68,9 @@ def compare(
     deep = networks.inception
     of_features = [FeatureMeter(deep, a.protocol) for _ in range(2)] if deep is not None else []
     of_captions = [ClipMeter(networks.clip, captions) for _ in range(2)] if networks.clip is not None else []
+    of_classes: list[InceptionScoreMeter] = []
+    if networks.classes is not None:
+        of_classes = [InceptionScoreMeter(networks.classes, len(a.files)) for _ in range(2)]
 
     def prepare(name: str, picture: Image.Image) -> tuple[list[NDArray[np.uint8]], list[list[Any]]]:
         with Image.open(b.files[name]) as other:
@@ -74,7 +79,7 @@ def compare(
         return [np.asarray(one) for one in pair], ready
 
     def _meters() -> list[list[Any]]:
-        return [two for two in (of_features, of_captions) if two]
+        return [two for two in (of_features, of_captions, of_classes) if two]
 
     reader = Reader(a.files, prepare, threads or len(os.sched_getaffinity(0)), ahead=2 * batch_size)
     parts: list[Pairs] = []
@@ -93,7 +98,8 @@ def compare(
     if of_captions:
         clip_a, clip_b = (np.array([meter.cosines[name] for name in pairs.names]) for meter in of_captions)
         clip = clip_a, clip_b
-    return Compared(pairs, features, clip)
+    scores = (of_classes[0].scores(), of_classes[1].scores()) if of_classes else None
+    return Compared(pairs, features, clip, scores)
 
 
 def differences_of_scores(compared: Compared, reference: FeatureSet | None) -> dict[str, Interval]:
@@ -111,4 +117,7 @@ def differences_of_scores(compared: Compared, reference: FeatureSet | None) -> d
             found["fid"] = intervals.of_frechet_distances(b, a, reference)
     if compared.clip is not None:
         found["clip"] = intervals.of_mean(compared.clip[1] - compared.clip[0])
+    if compared.inception_scores is not None:
+        first, second = compared.inception_scores
+        found["inception score"] = intervals.of_splits(second - first)
     return found

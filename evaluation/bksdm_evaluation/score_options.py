@@ -80,14 +80,23 @@ def passing(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def inception(command: Callable[..., None]) -> Callable[..., None]:
+    """The option of commands that have use for Inception's weights."""
+    return click.option(
+        "--inception", "weights", type=FOLDER, metavar="FILE", help="pytorch-fid's weights.  [default: from a package]"
+    )(command)
+
+
 def reference_of(
     paths: Sequence[Path], protocol: Protocol, size: int, network: Any, batch_size: int, threads: int | None
 ) -> FeatureSet | None:
-    """Statistics of all paths together; None for none."""
+    """Statistics of all paths together; None for none, and where there is no network because nobody wants them."""
     from bksdm_evaluation import feature_set, picture_sets
     from bksdm_evaluation.scoring import said_of_features
 
-    said = said_of_features(protocol, size)
+    if network is None:
+        return None
+    said = said_of_features(protocol, size, network)
     sets = [feature_set.load(path, said) for path in paths if path.suffix == ".npz"]
     if folders := [path for path in paths if path.suffix != ".npz"]:
         sets.append(features(picture_sets.real(folders, protocol, size), network, batch_size, threads))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from bksdm_evaluation import inception
+from bksdm_evaluation import inception, inception_weights
 from bksdm_evaluation.clip_score import PUBLISHED, Clip, ClipError
 from bksdm_evaluation.feature_set import FeatureSet, FeatureSetError
 from bksdm_evaluation.inception_score import Score
 from bksdm_evaluation.picture_files import PicturesError
 from bksdm_evaluation.picture_sets import PictureSet
 from bksdm_evaluation.retrieval import ScoreError
-from bksdm_evaluation.scoring import ClipMeter, FeatureMeter, InceptionScoreMeter, Meter, run
+from bksdm_evaluation.scoring import ClipMeter, FeatureMeter, InceptionScoreMeter, Logits, Meter, run
 from bksdm_evaluation.statistics import frechet_distance, kernel_distance
 
 
@@ -27,7 +29,7 @@ class Networks:
 
     wanted: tuple[str, ...]
     inception: nn.Module | None
-    classes: nn.Module | None
+    classes: Logits | None
     clip: Clip | None
 
 
@@ -43,22 +45,30 @@ class Measured:
     clip_network: str | None
 
 
-def load_networks(wanted: Sequence[str], device: torch.device, clip: str | None) -> Networks:
-    """clip: a folder or a name on the Hub, None for the published one. Raises PackageError, ClipError, ScoreError."""
-    deep = inception.load_network().to(device) if {"fid", "kid"} & set(wanted) else None
-    classes = _classes(device) if "is" in wanted else None
+def load_networks(
+    wanted: Sequence[str], device: torch.device, clip: str | None, weights: Path | None = None
+) -> Networks:
+    """clip: a folder or a name on the Hub, None for the published one. weights: pytorch-fid's file, for FID, KID and
+    IS; without it the packaged network and torch-fidelity's. Raises PackageError, ClipError, ScoreError."""
+    of_file = inception_weights.load(weights).to(device) if weights is not None else None
+    deep: nn.Module | None = None
+    classes: Logits | None = None
+    if {"fid", "kid"} & set(wanted):
+        deep = of_file if of_file is not None else inception.load_network().to(device)
+    if "is" in wanted:
+        classes = partial(inception_weights.logits, of_file) if of_file is not None else _fidelity(device)
     return Networks(tuple(wanted), deep, classes, Clip.load(clip or PUBLISHED, device) if "clip" in wanted else None)
 
 
-def _classes(device: torch.device) -> nn.Module:
-    why = "the Inception score needs torch-fidelity and torchvision, as pip install 'bksdm[fidelity]' brings them"
+def _fidelity(device: torch.device) -> Logits:
+    why = "the Inception score needs --inception FILE, pytorch-fid's weights, or pip install 'bksdm[fidelity]'"
     try:
         from bksdm_evaluation import fidelity
     except ModuleNotFoundError as error:
         raise ScoreError(f"{why}: {error.name} is missing") from error
     except RuntimeError as error:  # a torchvision of another torch
         raise ScoreError(f"{why}: {str(error).splitlines()[0]:.200}") from error
-    return fidelity.load_network(device)
+    return partial(fidelity.logits, fidelity.load_network(device))
 
 
 def measure(
@@ -78,12 +88,7 @@ def measure(
     if networks.inception is not None:
         meters.append(features := FeatureMeter(networks.inception, pictures.protocol))
     if networks.classes is not None:
-        from bksdm_evaluation import fidelity
-
-        network = networks.classes
-        meters.append(
-            classes := InceptionScoreMeter(lambda batch: fidelity.logits(network, batch), len(pictures.files))
-        )
+        meters.append(classes := InceptionScoreMeter(networks.classes, len(pictures.files)))
     if networks.clip is not None:
         if without := [name for name in pictures.files if name not in captions]:
             raise ClipError(f"{len(without):,} pictures have no caption, {without[0]} among them: give --captions")

@@ -16,15 +16,16 @@ from PIL import Image
 from torch import nn
 
 from bksdm.packages import PACKAGES
-from bksdm_evaluation import devices, inception
+from bksdm_evaluation import devices, inception, inception_weights
 from bksdm_evaluation.clip_score import Clip
 from bksdm_evaluation.feature_set import Accumulator, FeatureSet
-from bksdm_evaluation.inception_score import Score, Splits
+from bksdm_evaluation.inception_score import SPLITS, Score, Splits
 from bksdm_evaluation.picture_files import PicturesError, Reader
 from bksdm_evaluation.protocol import Protocol as Preparation
 
 BATCH = 16
 T = TypeVar("T")
+Logits = Callable[[NDArray[np.uint8]], NDArray[np.float64]]  # [B, 3, H, W] -> [B, C]
 
 
 class Meter(Protocol):
@@ -57,18 +58,22 @@ class FeatureMeter:
 
     def result(self, size: int) -> FeatureSet:
         """Raises TooFewPictures on fewer than two."""
-        return self._features.result(said_of_features(self._protocol, size))
+        return self._features.result(said_of_features(self._protocol, size, self._network))
 
 
-def said_of_features(protocol: Preparation, size: int) -> dict[str, object]:
+def said_of_features(protocol: Preparation, size: int, network: nn.Module) -> dict[str, object]:
     """What statistics must share to be compared."""
-    return {"protocol": protocol.name, "size": size, "network": PACKAGES[inception.PACKAGE].sha256}
+    of_a_file = isinstance(network, inception_weights.InceptionV3)
+    sha256 = network.sha256 if of_a_file else PACKAGES[inception.PACKAGE].sha256
+    return {"protocol": protocol.name, "size": size, "network": sha256}
 
 
 class InceptionScoreMeter:
-    """logits: [B, 3, H, W] uint8 -> [B, C]."""
+    """logits: [B, 3, H, W] uint8 -> [B, C]; count: of all pictures. Raises PicturesError on fewer than ten."""
 
-    def __init__(self, logits: Callable[[NDArray[np.uint8]], NDArray[np.float64]], count: int) -> None:
+    def __init__(self, logits: Logits, count: int) -> None:
+        if count < SPLITS:
+            raise PicturesError(f"the Inception score is a mean over {SPLITS} splits, found {count} pictures")
         self._logits, self._splits = logits, Splits(count)
 
     def prepare(self, picture: Image.Image) -> NDArray[np.uint8]:
@@ -79,6 +84,10 @@ class InceptionScoreMeter:
 
     def result(self) -> Score:
         return self._splits.result()
+
+    def scores(self) -> NDArray[np.float64]:
+        """Of each split."""
+        return self._splits.scores()
 
 
 @dataclass

@@ -66,6 +66,12 @@ _EXTRA_INT8 = "nncf"
     metavar="SHARE",
     help=f"What int8 may change in the U-Net's output; less leaves more layers in fp32.  [default: {INT8_ERROR:g}]",
 )
+@click.option(
+    "--int8-like",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="An int8 bundle of the model or of its base: take over which layers stay fp32, which takes long to measure.",
+)
 @click.option("--step-cache", is_flag=True, help="Write what bksdm-run --cache-interval needs, too.")
 @click.option(
     "--token-downsampling",
@@ -119,6 +125,7 @@ def command(
     precision: str | None,
     storage: str | None,
     int8_error: float | None,
+    int8_like: Path | None,
     step_cache: bool,
     token_downsampling: int,
     target: str,
@@ -146,6 +153,10 @@ def command(
         raise click.UsageError(f"--revision names a commit on the Hub, and {weights} is not from there: leave it out")
     if int8_error is not None and precision != "int8":
         raise click.UsageError(f"--int8-error is of --precision int8, and this is {precision}: leave it out")
+    if int8_like is not None and precision != "int8":
+        raise click.UsageError(f"--int8-like is of --precision int8, and this is {precision}: leave it out")
+    if int8_like is not None and int8_error is not None:
+        raise click.UsageError("--int8-like takes another's choice and --int8-error makes one: leave one of them out")
     if scales and len(scales) != len(loras):
         raise click.UsageError(
             f"{len(loras)} --lora and {len(scales)} --lora-scale: give every file its scale, in the same order, or none"
@@ -198,6 +209,7 @@ def command(
             precision=precision,
             storage=storage,
             int8_error=int8_error,
+            int8_like=int8_like,
             step_cache=step_cache,
             token_downsampling=token_downsampling,
         )
@@ -219,6 +231,7 @@ def command(
             precision=precision,
             storage=storage,
             int8_error=INT8_ERROR if int8_error is None else int8_error,
+            int8_like=int8_like,
             step_cache=step_cache,
             token_downsampling=token_downsampling,
             depth=depth,
@@ -264,6 +277,7 @@ def default_output(
     precision: str = "fp32",
     storage: str | None = None,
     int8_error: float | None = None,
+    int8_like: Path | None = None,
     step_cache: bool = False,
     token_downsampling: int = 1,
 ) -> Path:
@@ -290,6 +304,8 @@ def default_output(
         name += f"-{precision}"
     if int8_error is not None:
         name += f"@{int8_error:g}"
+    if int8_like is not None:
+        name += f"-like-{int8_like.resolve().name}"
     if storage not in (None, precision):
         name += f"-stored-{storage}"
     if step_cache:

@@ -36,12 +36,19 @@ def quantise(
     cases: Sequence[Case],
     error: float = INT8_ERROR,
     progress: Callable[[str], None] = log.info,
+    chosen: tuple[Sensitive, ...] | None = None,
 ) -> tuple[ir.Model, tuple[Sensitive, ...]]:
     """The graph in int8, calibrated on the cases' inputs, and what was left out of it. `model` is not changed.
 
     error: root mean square of what int8 may change in an output, over that of the output. progress: is told a stage.
-    Weights must be fp32 still (NNCF stumbles over a Cast behind a weight). Raises ExportError.
+    chosen: the layers to leave out, where an earlier export measured them; `error` is then not asked. Weights
+    must be fp32 still (NNCF stumbles over a Cast behind a weight). Raises ExportError.
     """
+    layers_of = {node.name for node in model.graph if node.op_type in LAYERS}
+    if unknown := [one.layer for one in chosen or () if one.layer not in layers_of]:
+        raise ExportError(
+            f"--int8-like is of another model: it keeps {unknown[0]} of {component} in fp32, and there is no such layer"
+        )
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     if size > MAX_BYTES:
         raise ExportError(
@@ -71,18 +78,17 @@ def quantise(
         )
     quantised = ir.from_proto(made)
     give_back_others(quantised)
-    progress(f"{component}: measuring what int8 costs each layer")
-    costs = measure(model, quantised, probes(cases))
-    layers = choose(costs, error)
-    left_out = tuple(
-        Sensitive(layer, costs[layer].error) for layer in sorted(layers, key=lambda one: -costs[one].error)
-    )
-    give_back(quantised, model, layers)
+    if chosen is None:
+        progress(f"{component}: measuring what int8 costs each layer")
+        costs = measure(model, quantised, probes(cases))
+        layers = sorted(choose(costs, error), key=lambda one: -costs[one].error)
+        chosen = tuple(Sensitive(layer, costs[layer].error) for layer in layers)
+    give_back(quantised, model, [one.layer for one in chosen])
     quantise_at_convolutions(quantised)
     passes.RemoveUnusedNodesPass()(quantised)
     to_onnx.strip(quantised)
     passes.CheckerPass()(quantised)
-    return quantised, left_out
+    return quantised, chosen
 
 
 def give_back(quantised: ir.Model, model: ir.Model, layers: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from bksdm import checkpoint as checkpoints
 from bksdm import lora
 from bksdm.checkpoint import Checkpoint
-from bksdm_export import bundle_files, fuse, graphs, memory, report, to_onnx
+from bksdm_export import bundle_files, fuse, graphs, int8_choice, memory, report, to_onnx
 from bksdm_export import gate as gates
 from bksdm_export.divergence import Divergence, first_divergence
 from bksdm_export.errors import ExportError
@@ -73,7 +73,8 @@ class ExportRequest:
     step_cache: the U-Net gives its deep features, and a shallow one that takes them lies beside it.
     token_downsampling: keys and values of the outermost self-attentions come from every so many-th token; 1 is exact.
     int8_error: what int8 may change in the U-Net's output, see quantise; layers stay fp32 to keep to it. The decoder
-    keeps to INT8_DECODER_SHARE of it.
+    keeps to INT8_DECODER_SHARE of it. int8_like: an int8 bundle, or its parity.json, whose choice of layers is taken
+    instead of measuring; what it does not have is measured.
     depth: of the verification, one of DEPTHS. gate: of so many pictures, see bksdm_export.gate; 0 for none.
     force: replace an older bundle at `output`; of a link, the one that it names. Raises ExportError for a choice that
     there is not.
@@ -93,6 +94,7 @@ class ExportRequest:
     step_cache: bool = False
     token_downsampling: int = 1
     int8_error: float = INT8_ERROR
+    int8_like: Path | None = None
     depth: str = "quick"
     gate: int = 0
     force: bool = False
@@ -132,6 +134,7 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
     kind = precision, storage = request.kind
     target = resolve(request.output)
     tools = bundle_files.tools()
+    chosen = {} if request.int8_like is None else int8_choice.read(request.int8_like)
 
     with whole_or_nothing(target, force=request.force) as folder:
         progress("loading the checkpoint")
@@ -182,7 +185,8 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
                 cases = with_own_size(name, cases, facts)
             shared = folder / components["unet"].path if request.step_cache and name.startswith("unet") else None
             exported[name] = export_graph(
-                path, name, modules.pop(name), component, cases, kind, shared, request.int8_error, progress
+                *(path, name, modules.pop(name), component, cases, kind, shared),
+                *(request.int8_error, progress, chosen.get(name)),
             )
             memory.give_back()  # an exported program is a ring of references
 
@@ -226,12 +230,13 @@ def export_graph(
     shared: Path | None = None,
     int8_error: float = INT8_ERROR,
     progress: Callable[[str], None] = log.info,
+    chosen: tuple[Sensitive, ...] | None = None,
 ) -> GraphFacts:
     """Write one component's graph. The module is used up: in fp16 its weights are turned in place.
 
     cases: real inputs, in which an fp16 graph's islands are measured and on which an int8 one is calibrated; kind:
-    (precision, storage); shared: the U-Net's graph, whose file of weights a shallow one reads too; int8_error: as
-    quantise takes it.
+    (precision, storage); shared: the U-Net's graph, whose file of weights a shallow one reads too; int8_error, chosen:
+    as quantise takes them.
     """
     precision, storage = kind
     started = time.perf_counter()
@@ -241,12 +246,13 @@ def export_graph(
         to_half(module, islands)
     model = to_onnx.to_onnx(to_onnx.to_exported_program(module, component), component)
     sensitive: tuple[Sensitive, ...] = ()
-    if precision == "int8" and name in IN_INT8:
+    own = "fp32" if precision == "int8" and name not in IN_INT8 else precision
+    if own == "int8":
         from bksdm_export.quantise import quantise  # NNCF: an extra of its own
 
         exact = model
         share = INT8_DECODER_SHARE if name == "vae_decoder" else 1
-        model, sensitive = quantise(name, exact, cases, int8_error * share, progress)
+        model, sensitive = quantise(name, exact, cases, int8_error * share, progress, chosen)
         to_onnx.release(exact)
     elif storage != precision:
         store(model, storage)
@@ -256,7 +262,7 @@ def export_graph(
         made = fuse.fuse(model)
         log.info("%s: fused for ONNX Runtime's CUDA provider: %s", name, made)
         to_onnx.save(model, fuse.fused_path(path), shared or path)
-    facts = GraphFacts(nodes, weights, time.perf_counter() - started, islands, sensitive)
+    facts = GraphFacts(nodes, weights, time.perf_counter() - started, own, islands, sensitive)
     to_onnx.release(model)
     return facts
 

@@ -22,12 +22,14 @@ PARITY_HTML = "parity.html"
 class GraphFacts:
     """One exported graph. bytes: of its weights as stored; seconds: that its export took.
 
-    islands: modules kept fp32 in an fp16 graph; sensitive: layers kept fp32 in an int8 one.
+    precision: of its arithmetic; islands: modules kept fp32 in an fp16 graph; sensitive: layers kept fp32 in an int8
+    one.
     """
 
     nodes: int
     bytes: int
     seconds: float
+    precision: str
     islands: tuple[Island, ...] = ()
     sensitive: tuple[Sensitive, ...] = ()
 
@@ -95,7 +97,7 @@ def brief(figures: Figures) -> Figures:
     """What bundle.json carries: the figures without single cases and requests."""
     return {
         "components": {
-            name: {key: graph[key] for key in ("error", "tolerance", "islands", "sensitive")}
+            name: {key: graph[key] for key in ("error", "tolerance", "precision", "islands", "sensitive")}
             for name, graph in figures["components"].items()
         },
         "pictures": {

@@ -84,7 +84,8 @@ def test_statistics_of_shards_score_as_the_folder_does(run, tmp_path: Path) -> N
         assert code == 0
         results.append(json.loads((tmp_path / "scores.json").read_text())["scores"])
     assert results[0]["fid"]["value"] == pytest.approx(results[1]["fid"]["value"], rel=1e-9)
-    assert results[0]["kid"] == results[1]["kid"]
+    # A picture's features depend on its batch in the last bit: measured 7e-9.
+    assert results[0]["kid"] == pytest.approx(results[1]["kid"], rel=1e-6)
     assert not results[0]["fid"]["biased"]
 
 
@@ -154,7 +155,7 @@ def test_protocols_are_not_mixed(run, tmp_path: Path) -> None:
     [
         (["--metrics", "fid"], 2, "give --reference"),
         (["--metrics", "lpips"], 2, "'lpips' is no metric"),
-        (["--metrics", "is"], 1, "the Inception score needs torch-fidelity and torchvision"),
+        (["--metrics", "is"], 1, "the Inception score needs --inception FILE, pytorch-fid's weights"),
         (["--metrics", "clip", "--clip-model", "gone"], 1, "the CLIP network gone cannot be loaded"),
         (["-o", "gone/scores.json"], 2, "is not a folder"),
     ],

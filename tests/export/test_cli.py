@@ -180,6 +180,7 @@ def test_the_default_output_is_the_models_name(
     [
         ({"precision": "fp16"}, "out/bk-sdm-tiny-fp16"),
         ({"precision": "fp16", "storage": "fp16"}, "out/bk-sdm-tiny-fp16"),
+        ({"precision": "int8", "int8_like": Path("out/base-int8")}, "out/bk-sdm-tiny-int8-like-base-int8"),
         ({"storage": "fp32"}, "out/bk-sdm-tiny"),
         ({"storage": "fp16"}, "out/bk-sdm-tiny-stored-fp16"),
         ({"revision": "fp16"}, "out/bk-sdm-tiny@fp16"),

@@ -67,7 +67,7 @@ def failing() -> tuple[Parity, dict[str, GraphFacts]]:
         {"unet": (Comparison("64x64", float("inf"), "4 of 8 values are NaN or infinite"),)},
         (compare_picture(picture, None, "unet gave NaN"),),
     )
-    return parity, {"unet": GraphFacts(10, 1000, 1.0, (Island("mid_block", 81_000.0, 0.0123),))}
+    return parity, {"unet": GraphFacts(10, 1000, 1.0, "fp16", (Island("mid_block", 81_000.0, 0.0123),))}
 
 
 def test_a_failure_reads_as_one_and_prompts_are_text(

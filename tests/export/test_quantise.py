@@ -19,6 +19,7 @@ from bksdm_export.cli import run
 from bksdm_export.errors import ExportError
 from bksdm_export.graphs import INT8_ERROR
 from bksdm_export.likeness import Likeness, judge
+from bksdm_export.precision import Sensitive
 from bksdm_export.recipe import ExportRequest, export_variant
 from bksdm_export.reference import Case
 from bksdm_runtime import bundle as bundles
@@ -148,6 +149,35 @@ def test_operations_of_a_product_are_counted(cases: list[Case]) -> None:
     assert sensitivity.measure(model, made, cases[:1])["linear/MatMul"].operations == 2 * 4 * 9 * 5 * 13
 
 
+def test_a_choice_is_taken_over_without_measuring(cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = convolutions(planted=True)
+    monkeypatch.setattr(quantise, "measure", None)
+    taken = (Sensitive("conv1/Conv", 0.5), Sensitive("conv3/Conv", 0.1))
+    made, left_out = quantise.quantise("vae_decoder", model, cases, chosen=taken)
+    assert left_out == taken
+    by_name = {node.name: node for node in made.graph}
+    exact = [name for name in by_name if name.endswith("/Conv") and not _dequantised(by_name[name].inputs[0])]
+    assert exact == ["conv1/Conv", "conv3/Conv"]
+    with pytest.raises(ExportError, match="it keeps up/Conv of vae_decoder in fp32, and there is no such layer"):
+        quantise.quantise("vae_decoder", model, cases, chosen=(Sensitive("up/Conv", 0.5),))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "is no report of an export: JSONDecodeError"),
+        ('{"components": {"unet": {}}}', "is no report of an export: KeyError 'precision'"),
+        ('{"components": {"unet": {"precision": "fp32"}}}', "is of an export without int8"),
+    ],
+)
+def test_what_is_no_int8_bundle_is_refused(tmp_path: Path, content: str | None, why: str) -> None:
+    if content is not None:
+        (tmp_path / "parity.json").write_text(content)
+    with pytest.raises(ExportError, match=why):
+        export_variant(ExportRequest(tmp_path / "out", weights="demo", precision="int8", int8_like=tmp_path))
+
+
 def test_layers_that_lose_most_for_what_they_save_are_left_out() -> None:
     costs = {
         "cheap": sensitivity.Cost(0.03, 10),
@@ -200,6 +230,8 @@ def _dequantised(value: ir.Value) -> bool:
     [
         (["--int8-error", "0.05"], "--int8-error is of --precision int8, and this is fp32: leave it out"),
         (["--precision", "int8", "--int8-error", "0"], "is not in the range x>0"),
+        (["--int8-like", "out/base"], "--int8-like is of --precision int8, and this is fp32: leave it out"),
+        (["--precision", "int8", "--int8-like", "out/base", "--int8-error", "0.1"], "leave one of them out"),
     ],
 )
 def test_an_error_that_cannot_be_kept_to_is_misuse(
@@ -266,6 +298,24 @@ def test_an_int8_bundle_opens_and_says_what_it_is(exported_int8: tuple[Path, Pat
     pipeline = Pipeline.open(bundle, EngineSettings(backend="onnxruntime", threads=1))
     [pixels] = pipeline.draw([Request("a red apple", steps=2)])
     assert pixels.shape == (64, 64, 3)
+
+
+@pytest.mark.slow
+def test_a_bundle_like_another_keeps_the_same_layers(
+    exported_int8: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, weights = exported_int8
+    monkeypatch.setattr(quantise, "measure", None)
+    made = export_variant(ExportRequest(tmp_path / "b", weights=str(weights), precision="int8", int8_like=other))
+    kept = [
+        {
+            name: graph["sensitive"]
+            for name, graph in json.loads((folder / "parity.json").read_text())["components"].items()
+        }
+        for folder in (other, made)
+    ]
+    assert kept[0] == kept[1]
+    assert bundles.load(made).manifest.precision == "int8"
 
 
 @pytest.mark.slow

@@ -1,0 +1,37 @@
+"""Which layers an earlier int8 bundle keeps in fp32, for an export that takes its word (`--int8-like`).
+
+What int8 costs each layer takes most of an export's time, and says nearly the same of a model and of its fine-tunes.
+Whatever is taken over, the new bundle is judged by its own pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bksdm_export.errors import ExportError
+from bksdm_export.precision import Sensitive
+from bksdm_export.report import PARITY_JSON
+
+Choice = Mapping[str, tuple[Sensitive, ...]]
+
+
+def read(path: Path) -> Choice:
+    """By component in int8, of a bundle's folder or of its parity.json alone. Raises ExportError."""
+    file = path / PARITY_JSON if path.is_dir() else path
+    try:
+        components: Any = json.loads(file.read_text(encoding="utf-8"))["components"]
+        found = {
+            name: tuple(Sensitive(str(one["layer"]), float(one["error"])) for one in graph["sensitive"])
+            for name, graph in components.items()
+            if graph["precision"] == "int8"
+        }
+    except OSError as error:
+        raise ExportError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{file} is no report of an export: {type(error).__name__} {error}") from None
+    if not found:
+        raise ExportError(f"{file} is of an export without int8: it chose no layers")
+    return found
