@@ -70,7 +70,7 @@ def compare(
     of_captions = [ClipMeter(networks.clip, captions) for _ in range(2)] if networks.clip is not None else []
     of_classes: list[InceptionScoreMeter] = []
     if networks.classes is not None:
-        of_classes = [InceptionScoreMeter(networks.classes, len(a.files)) for _ in range(2)]
+        of_classes = [InceptionScoreMeter(networks.classes.logits, len(a.files)) for _ in range(2)]
 
     def prepare(name: str, picture: Image.Image) -> tuple[list[NDArray[np.uint8]], list[list[Any]]]:
         with Image.open(b.files[name]) as other:

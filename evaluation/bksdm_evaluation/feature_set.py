@@ -70,8 +70,14 @@ class FeatureSet:
     def refuse_other(self, reference: FeatureSet) -> None:
         """Raises FeatureSetError where the reference was prepared otherwise: no distance to it means anything."""
         if self.said != reference.said:
+            apart = [
+                f"{key} is {reference.said.get(key)} of the reference and {self.said.get(key)} of the pictures"
+                for key in sorted({*reference.said, *self.said})
+                if reference.said.get(key) != self.said.get(key)
+            ]
             raise FeatureSetError(
-                f"the reference was prepared as {dict(reference.said)}, the pictures as {dict(self.said)}: no scores"
+                f"the reference was prepared otherwise ({'; '.join(apart)}): take bksdm-eval statistics with the same "
+                "--protocol, --size and --inception"
             )
 
     def save(self, path: Path) -> None:

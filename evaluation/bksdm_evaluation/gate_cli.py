@@ -54,6 +54,10 @@ def compare(
     from bksdm.perceptual import Lpips
     from bksdm_evaluation import comparison, gate, picture_sets, scores
 
+    if weights is not None and not (reference or inception_score):
+        raise click.UsageError(
+            "--inception is of --reference and of --inception-score, and neither is asked: leave it out"
+        )
     if output is not None:
         refuse_unwritable(output)
     where = device(kind, None)
@@ -84,6 +88,8 @@ def compare(
         raise click.ClickException(str(error)) from error
     said = {"protocol": first.protocol.name, "size": size, "folders": [str(a), str(b)]}
     said |= {"a": first.generation, "b": second.generation}
+    if networks.classes is not None:
+        said["classes_network"] = networks.classes.network
     if output is not None:
         write_figures(output, {**said, **found, "versions": versions(*LIBRARIES)})
     click.echo(gate.told(found))

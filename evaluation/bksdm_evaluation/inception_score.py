@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPLITS, SHUFFLE_SEED = 10, 2020  # torch-fidelity's
+CLASSES = 1008
+ENOUGH = SPLITS * CLASSES  # pictures: a split of fewer than there are classes cannot score as high as they allow
 
 
 @dataclass(frozen=True)

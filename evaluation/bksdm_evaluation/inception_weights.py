@@ -1,8 +1,8 @@
 """The published Inception from its weights file, features and class logits both, without torchvision.
 
-pytorch-fid and torch-fidelity fetch one file, `pt_inception-2015-12-05-6726825d.pth`, the TensorFlow network of 2015.
-Whoever has it needs neither the packaged network, which has no class head, nor torch-fidelity. Modules have the names
-that the file has.
+pytorch-fid and torch-fidelity fetch one file, the TensorFlow network of 2015, as `pt_inception-2015-12-05-6726825d.pth`
+and `weights-inception-2015-12-05-6726825d.pth`. Whoever has it needs neither the packaged network, which has no class
+head, nor torch-fidelity. Modules have the names that the file has.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from torch import Tensor, nn
 
 from bksdm_evaluation import devices
 from bksdm_evaluation.inception import SIZE, WIDTH
+from bksdm_evaluation.inception_score import CLASSES
 from bksdm_evaluation.retrieval import ScoreError
 
-CLASSES = 1008
+_OF_DAMAGE = (ValueError, LookupError, TypeError, AttributeError)  # what a cut pickle ends in
+PUBLISHED = "6726825d"  # how the file's SHA-256 begins, by which torch.hub names it
 
 
 def load(path: Path) -> InceptionV3:
     """In eval mode, on the CPU. Raises ScoreError where the file is no such file."""
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, struct.error, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, struct.error, pickle.UnpicklingError, *_OF_DAMAGE) as error:
         why = " ".join(str(error).split())[:200]
         raise ScoreError(f"{path} cannot be read as weights: {why or 'it ends early'}") from None
     with torch.device("meta"):
@@ -40,6 +42,8 @@ def load(path: Path) -> InceptionV3:
     except (RuntimeError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:200]
         raise ScoreError(f"{path} holds no weights of pytorch-fid's Inception: {why}") from None
+    if broken := [name for name, value in network.state_dict().items() if not torch.isfinite(value).all()]:
+        raise ScoreError(f"{path} holds NaN or infinity, in {broken[0]} first")
     network.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return network.float().eval().requires_grad_(False)
 
@@ -51,7 +55,7 @@ def logits(network: InceptionV3, pictures: NDArray[np.uint8]) -> NDArray[np.floa
     return (network(x) @ network.fc.weight.T).double().cpu().numpy()
 
 
-class Convolution(nn.Module):
+class BasicConv2d(nn.Module):
     """A convolution, normalised, and ReLU; padded so that at stride 1 the picture keeps its size, or not at all."""
 
     def __init__(self, width: int, out: int, kernel: int | tuple[int, int], *, stride: int = 1, pad: bool = True):
@@ -70,16 +74,16 @@ def _average(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-class A(nn.Module):
+class InceptionA(nn.Module):
     def __init__(self, width: int, pooled: int) -> None:
         super().__init__()
-        self.branch1x1 = Convolution(width, 64, 1)
-        self.branch5x5_1 = Convolution(width, 48, 1)
-        self.branch5x5_2 = Convolution(48, 64, 5)
-        self.branch3x3dbl_1 = Convolution(width, 64, 1)
-        self.branch3x3dbl_2 = Convolution(64, 96, 3)
-        self.branch3x3dbl_3 = Convolution(96, 96, 3)
-        self.branch_pool = Convolution(width, pooled, 1)
+        self.branch1x1 = BasicConv2d(width, 64, 1)
+        self.branch5x5_1 = BasicConv2d(width, 48, 1)
+        self.branch5x5_2 = BasicConv2d(48, 64, 5)
+        self.branch3x3dbl_1 = BasicConv2d(width, 64, 1)
+        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3)
+        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3)
+        self.branch_pool = BasicConv2d(width, pooled, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         five = self.branch5x5_2(self.branch5x5_1(x))
@@ -87,32 +91,32 @@ class A(nn.Module):
         return torch.cat([self.branch1x1(x), five, three, self.branch_pool(_average(x))], 1)
 
 
-class B(nn.Module):
+class InceptionB(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.branch3x3 = Convolution(width, 384, 3, stride=2, pad=False)
-        self.branch3x3dbl_1 = Convolution(width, 64, 1)
-        self.branch3x3dbl_2 = Convolution(64, 96, 3)
-        self.branch3x3dbl_3 = Convolution(96, 96, 3, stride=2, pad=False)
+        self.branch3x3 = BasicConv2d(width, 384, 3, stride=2, pad=False)
+        self.branch3x3dbl_1 = BasicConv2d(width, 64, 1)
+        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3)
+        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, stride=2, pad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         twice = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch3x3(x), twice, F.max_pool2d(x, 3, 2)], 1)
 
 
-class C(nn.Module):
+class InceptionC(nn.Module):
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.branch1x1 = Convolution(width, 192, 1)
-        self.branch7x7_1 = Convolution(width, inner, 1)
-        self.branch7x7_2 = Convolution(inner, inner, (1, 7))
-        self.branch7x7_3 = Convolution(inner, 192, (7, 1))
-        self.branch7x7dbl_1 = Convolution(width, inner, 1)
-        self.branch7x7dbl_2 = Convolution(inner, inner, (7, 1))
-        self.branch7x7dbl_3 = Convolution(inner, inner, (1, 7))
-        self.branch7x7dbl_4 = Convolution(inner, inner, (7, 1))
-        self.branch7x7dbl_5 = Convolution(inner, 192, (1, 7))
-        self.branch_pool = Convolution(width, 192, 1)
+        self.branch1x1 = BasicConv2d(width, 192, 1)
+        self.branch7x7_1 = BasicConv2d(width, inner, 1)
+        self.branch7x7_2 = BasicConv2d(inner, inner, (1, 7))
+        self.branch7x7_3 = BasicConv2d(inner, 192, (7, 1))
+        self.branch7x7dbl_1 = BasicConv2d(width, inner, 1)
+        self.branch7x7dbl_2 = BasicConv2d(inner, inner, (7, 1))
+        self.branch7x7dbl_3 = BasicConv2d(inner, inner, (1, 7))
+        self.branch7x7dbl_4 = BasicConv2d(inner, inner, (7, 1))
+        self.branch7x7dbl_5 = BasicConv2d(inner, 192, (1, 7))
+        self.branch_pool = BasicConv2d(width, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         once = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
@@ -121,36 +125,36 @@ class C(nn.Module):
         return torch.cat([self.branch1x1(x), once, twice, self.branch_pool(_average(x))], 1)
 
 
-class D(nn.Module):
+class InceptionD(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.branch3x3_1 = Convolution(width, 192, 1)
-        self.branch3x3_2 = Convolution(192, 320, 3, stride=2, pad=False)
-        self.branch7x7x3_1 = Convolution(width, 192, 1)
-        self.branch7x7x3_2 = Convolution(192, 192, (1, 7))
-        self.branch7x7x3_3 = Convolution(192, 192, (7, 1))
-        self.branch7x7x3_4 = Convolution(192, 192, 3, stride=2, pad=False)
+        self.branch3x3_1 = BasicConv2d(width, 192, 1)
+        self.branch3x3_2 = BasicConv2d(192, 320, 3, stride=2, pad=False)
+        self.branch7x7x3_1 = BasicConv2d(width, 192, 1)
+        self.branch7x7x3_2 = BasicConv2d(192, 192, (1, 7))
+        self.branch7x7x3_3 = BasicConv2d(192, 192, (7, 1))
+        self.branch7x7x3_4 = BasicConv2d(192, 192, 3, stride=2, pad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         seven = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
         return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), self.branch7x7x3_4(seven), F.max_pool2d(x, 3, 2)], 1)
 
 
-class E(nn.Module):
+class InceptionE(nn.Module):
     """is_last: it pools by the largest and not by the mean, an error of the original that the scores keep."""
 
     def __init__(self, width: int, *, is_last: bool) -> None:
         super().__init__()
         self.is_last = is_last
-        self.branch1x1 = Convolution(width, 320, 1)
-        self.branch3x3_1 = Convolution(width, 384, 1)
-        self.branch3x3_2a = Convolution(384, 384, (1, 3))
-        self.branch3x3_2b = Convolution(384, 384, (3, 1))
-        self.branch3x3dbl_1 = Convolution(width, 448, 1)
-        self.branch3x3dbl_2 = Convolution(448, 384, 3)
-        self.branch3x3dbl_3a = Convolution(384, 384, (1, 3))
-        self.branch3x3dbl_3b = Convolution(384, 384, (3, 1))
-        self.branch_pool = Convolution(width, 192, 1)
+        self.branch1x1 = BasicConv2d(width, 320, 1)
+        self.branch3x3_1 = BasicConv2d(width, 384, 1)
+        self.branch3x3_2a = BasicConv2d(384, 384, (1, 3))
+        self.branch3x3_2b = BasicConv2d(384, 384, (3, 1))
+        self.branch3x3dbl_1 = BasicConv2d(width, 448, 1)
+        self.branch3x3dbl_2 = BasicConv2d(448, 384, 3)
+        self.branch3x3dbl_3a = BasicConv2d(384, 384, (1, 3))
+        self.branch3x3dbl_3b = BasicConv2d(384, 384, (3, 1))
+        self.branch_pool = BasicConv2d(width, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         once = self.branch3x3_1(x)
@@ -171,16 +175,21 @@ class InceptionV3(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = Convolution(3, 32, 3, stride=2, pad=False)
-        self.Conv2d_2a_3x3 = Convolution(32, 32, 3, pad=False)
-        self.Conv2d_2b_3x3 = Convolution(32, 64, 3)
-        self.Conv2d_3b_1x1 = Convolution(64, 80, 1)
-        self.Conv2d_4a_3x3 = Convolution(80, 192, 3, pad=False)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = A(192, 32), A(256, 64), A(288, 64)
-        self.Mixed_6a = B(288)
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = C(768, 128), C(768, 160), C(768, 160), C(768, 192)
-        self.Mixed_7a = D(768)
-        self.Mixed_7b, self.Mixed_7c = E(1280, is_last=False), E(2048, is_last=True)
+        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2, pad=False)
+        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3, pad=False)
+        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3)
+        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
+        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3, pad=False)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = InceptionA(192, 32), InceptionA(256, 64), InceptionA(288, 64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
+            InceptionC(768, 128),
+            InceptionC(768, 160),
+            InceptionC(768, 160),
+            InceptionC(768, 192),
+        )
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b, self.Mixed_7c = InceptionE(1280, is_last=False), InceptionE(2048, is_last=True)
         self.fc = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -110,6 +110,8 @@ def score(
     from bksdm_evaluation import picture_sets, scores
 
     wanted = _wanted(metrics, reference)
+    if weights is not None and not {"fid", "kid", "is"} & set(wanted):
+        raise click.UsageError(f"--inception is of fid, kid and is, and asked is {metrics}: leave it out")
     if output is not None:
         refuse_unwritable(output)
     where = device(kind, None)
@@ -142,4 +144,6 @@ def _wanted(metrics: str | None, reference: Sequence[Path]) -> tuple[str, ...]:
             raise click.BadParameter(f"{one!r} is no metric: choose of {', '.join(_METRICS)}", param_hint="--metrics")
     if {"fid", "kid"} & set(wanted) and not reference:
         raise click.UsageError("FID and KID are distances to real pictures: give --reference, or other --metrics")
+    if reference and not {"fid", "kid"} & set(wanted):
+        raise click.UsageError(f"--reference is of fid and kid, and asked is {metrics}: leave it out")
     return wanted

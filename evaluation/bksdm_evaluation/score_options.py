@@ -90,11 +90,11 @@ def inception(command: Callable[..., None]) -> Callable[..., None]:
 def reference_of(
     paths: Sequence[Path], protocol: Protocol, size: int, network: Any, batch_size: int, threads: int | None
 ) -> FeatureSet | None:
-    """Statistics of all paths together; None for none, and where there is no network because nobody wants them."""
+    """Statistics of all paths together; None for none."""
     from bksdm_evaluation import feature_set, picture_sets
     from bksdm_evaluation.scoring import said_of_features
 
-    if network is None:
+    if not paths:
         return None
     said = said_of_features(protocol, size, network)
     sets = [feature_set.load(path, said) for path in paths if path.suffix == ".npz"]

@@ -15,7 +15,7 @@ from torch import nn
 from bksdm_evaluation import inception, inception_weights
 from bksdm_evaluation.clip_score import PUBLISHED, Clip, ClipError
 from bksdm_evaluation.feature_set import FeatureSet, FeatureSetError
-from bksdm_evaluation.inception_score import Score
+from bksdm_evaluation.inception_score import ENOUGH, Score
 from bksdm_evaluation.picture_files import PicturesError
 from bksdm_evaluation.picture_sets import PictureSet
 from bksdm_evaluation.retrieval import ScoreError
@@ -24,12 +24,20 @@ from bksdm_evaluation.statistics import frechet_distance, kernel_distance
 
 
 @dataclass(frozen=True)
+class Classes:
+    """What the Inception score is made of. network: the SHA-256 of its weights' file, or torch-fidelity."""
+
+    logits: Logits
+    network: str
+
+
+@dataclass(frozen=True)
 class Networks:
     """Those that are wanted, in eval mode, on one device; None for the others."""
 
     wanted: tuple[str, ...]
     inception: nn.Module | None
-    classes: Logits | None
+    classes: Classes | None
     clip: Clip | None
 
 
@@ -43,6 +51,7 @@ class Measured:
     inception_score: Score | None
     clip: Mapping[str, float] | None
     clip_network: str | None
+    classes_network: str | None
 
 
 def load_networks(
@@ -52,15 +61,18 @@ def load_networks(
     IS; without it the packaged network and torch-fidelity's. Raises PackageError, ClipError, ScoreError."""
     of_file = inception_weights.load(weights).to(device) if weights is not None else None
     deep: nn.Module | None = None
-    classes: Logits | None = None
+    classes: Classes | None = None
     if {"fid", "kid"} & set(wanted):
         deep = of_file if of_file is not None else inception.load_network().to(device)
     if "is" in wanted:
-        classes = partial(inception_weights.logits, of_file) if of_file is not None else _fidelity(device)
+        if of_file is None:
+            classes = _fidelity(device)
+        else:
+            classes = Classes(partial(inception_weights.logits, of_file), of_file.sha256)
     return Networks(tuple(wanted), deep, classes, Clip.load(clip or PUBLISHED, device) if "clip" in wanted else None)
 
 
-def _fidelity(device: torch.device) -> Logits:
+def _fidelity(device: torch.device) -> Classes:
     why = "the Inception score needs --inception FILE, pytorch-fid's weights, or pip install 'bksdm[fidelity]'"
     try:
         from bksdm_evaluation import fidelity
@@ -68,7 +80,7 @@ def _fidelity(device: torch.device) -> Logits:
         raise ScoreError(f"{why}: {error.name} is missing") from error
     except RuntimeError as error:  # a torchvision of another torch
         raise ScoreError(f"{why}: {str(error).splitlines()[0]:.200}") from error
-    return partial(fidelity.logits, fidelity.load_network(device))
+    return Classes(partial(fidelity.logits, fidelity.load_network(device)), "torch-fidelity")
 
 
 def measure(
@@ -88,7 +100,7 @@ def measure(
     if networks.inception is not None:
         meters.append(features := FeatureMeter(networks.inception, pictures.protocol))
     if networks.classes is not None:
-        meters.append(classes := InceptionScoreMeter(networks.classes, len(pictures.files)))
+        meters.append(classes := InceptionScoreMeter(networks.classes.logits, len(pictures.files)))
     if networks.clip is not None:
         if without := [name for name in pictures.files if name not in captions]:
             raise ClipError(f"{len(without):,} pictures have no caption, {without[0]} among them: give --captions")
@@ -101,6 +113,7 @@ def measure(
         classes and classes.result(),
         clip and clip.cosines,
         networks.clip and networks.clip.name,
+        networks.classes and networks.classes.network,
     )
 
 
@@ -135,7 +148,9 @@ def figures(
             else:
                 found["left_out"] = f"fid: {why}"
     if measured.inception_score is not None:
-        scores["inception_score"] = asdict(measured.inception_score)
+        biased = len(pictures.files) < ENOUGH
+        network = measured.classes_network
+        scores["inception_score"] = {**asdict(measured.inception_score), "biased": biased, "network": network}
     if measured.clip is not None:
         cosines = np.array(list(measured.clip.values()))
         error = float(cosines.std(ddof=1) / len(cosines) ** 0.5) if len(cosines) > 1 else None
@@ -169,7 +184,10 @@ def told(found: Mapping[str, Any]) -> str:
     if "fid" in scores:
         parts.append(f"FID {scores['fid']['value']:.2f}" + " (biased: too few pictures)" * scores["fid"]["biased"])
     if "inception_score" in scores:
-        parts.append(f"IS {scores['inception_score']['mean']:.2f} +- {scores['inception_score']['deviation']:.2f}")
+        one = scores["inception_score"]
+        parts.append(f"IS {one['mean']:.2f} +- {one['deviation']:.2f}" + " (biased: too few pictures)" * one["biased"])
+        if one["network"] != "torch-fidelity" and not one["network"].startswith(inception_weights.PUBLISHED):
+            parts[-1] += " (not by the published weights)"
     if "clip" in scores:
         parts.append(f"CLIP score {scores['clip']['value']:.4f} ({scores['clip']['network']})")
     counted = f"{found['pictures']:,} pictures"

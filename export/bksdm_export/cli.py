@@ -70,7 +70,7 @@ _EXTRA_INT8 = "nncf"
     "--int8-like",
     type=click.Path(path_type=Path),
     metavar="BUNDLE",
-    help="An int8 bundle of the model or of its base: take over which layers stay fp32, which takes long to measure.",
+    help="An int8 bundle of the model or its base, or its parity.json: leave the same layers in fp32, unmeasured.",
 )
 @click.option("--step-cache", is_flag=True, help="Write what bksdm-run --cache-interval needs, too.")
 @click.option(
@@ -305,7 +305,7 @@ def default_output(
     if int8_error is not None:
         name += f"@{int8_error:g}"
     if int8_like is not None:
-        name += f"-like-{int8_like.resolve().name}"
+        name += f"-like-{_name(str(int8_like.parent if int8_like.suffix == '.json' else int8_like))}"
     if storage not in (None, precision):
         name += f"-stored-{storage}"
     if step_cache:

@@ -1,13 +1,15 @@
 """Which layers an earlier int8 bundle keeps in fp32, for an export that takes its word (`--int8-like`).
 
 What int8 costs each layer takes most of an export's time, and says nearly the same of a model and of its fine-tunes.
-Whatever is taken over, the new bundle is judged by its own pictures.
+Layers are told by their names alone. Whatever is taken over, the new bundle is judged by its own pictures.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,29 @@ from bksdm_export.errors import ExportError
 from bksdm_export.precision import Sensitive
 from bksdm_export.report import PARITY_JSON
 
-Choice = Mapping[str, tuple[Sensitive, ...]]
+
+@dataclass(frozen=True)
+class Choice:
+    """Of one graph. layers: those that stay fp32; source: the bundle in which that was measured."""
+
+    layers: tuple[Sensitive, ...]
+    source: str
 
 
-def read(path: Path) -> Choice:
+def read(path: Path) -> Mapping[str, Choice]:
     """By component in int8, of a bundle's folder or of its parity.json alone. Raises ExportError."""
     file = path / PARITY_JSON if path.is_dir() else path
     try:
-        components: Any = json.loads(file.read_text(encoding="utf-8"))["components"]
+        content = file.read_bytes()
+        components: Any = json.loads(content)["components"]
+        if any("precision" not in graph for graph in components.values()):
+            raise ExportError(f"{file} is of an older bksdm-export, which did not say enough: export that bundle again")
+        own = f"{file.resolve().parent.name} (parity.json {hashlib.sha256(content).hexdigest()[:12]})"
         found = {
-            name: tuple(Sensitive(str(one["layer"]), float(one["error"])) for one in graph["sensitive"])
+            name: Choice(
+                tuple(Sensitive(str(one["layer"]), float(one["error"])) for one in graph["sensitive"]),
+                graph["sensitive_of"] or own,
+            )
             for name, graph in components.items()
             if graph["precision"] == "int8"
         }

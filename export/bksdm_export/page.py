@@ -99,9 +99,15 @@ def _sensitive(components: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return ""
+    others = {
+        escape(name): escape(graph["sensitive_of"]) for name, graph in components.items() if graph["sensitive_of"]
+    }
+    taken = "".join(
+        f" Those of {name} are taken over from {source}, where they were measured." for name, source in others.items()
+    )
     return (
         '<h2>Not in int8</h2><p class="soft">Of all layers these would cost the most for the operations they save. '
-        "Beside each what int8 in it alone would change in the component's output (root mean square).</p>"
+        f"Beside each what int8 in it alone would change in the component's output (root mean square).{taken}</p>"
         + table(("layer", "error measured"), rows)
     )
 

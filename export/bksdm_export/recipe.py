@@ -230,13 +230,13 @@ def export_graph(
     shared: Path | None = None,
     int8_error: float = INT8_ERROR,
     progress: Callable[[str], None] = log.info,
-    chosen: tuple[Sensitive, ...] | None = None,
+    chosen: int8_choice.Choice | None = None,
 ) -> GraphFacts:
     """Write one component's graph. The module is used up: in fp16 its weights are turned in place.
 
     cases: real inputs, in which an fp16 graph's islands are measured and on which an int8 one is calibrated; kind:
-    (precision, storage); shared: the U-Net's graph, whose file of weights a shallow one reads too; int8_error, chosen:
-    as quantise takes them.
+    (precision, storage); shared: the U-Net's graph, whose file of weights a shallow one reads too; int8_error: as
+    quantise takes it; chosen: what to leave out of int8, instead of measuring.
     """
     precision, storage = kind
     started = time.perf_counter()
@@ -252,7 +252,7 @@ def export_graph(
 
         exact = model
         share = INT8_DECODER_SHARE if name == "vae_decoder" else 1
-        model, sensitive = quantise(name, exact, cases, int8_error * share, progress, chosen)
+        model, sensitive = quantise(name, exact, cases, int8_error * share, progress, chosen and chosen.layers)
         to_onnx.release(exact)
     elif storage != precision:
         store(model, storage)
@@ -262,7 +262,8 @@ def export_graph(
         made = fuse.fuse(model)
         log.info("%s: fused for ONNX Runtime's CUDA provider: %s", name, made)
         to_onnx.save(model, fuse.fused_path(path), shared or path)
-    facts = GraphFacts(nodes, weights, time.perf_counter() - started, own, islands, sensitive)
+    source = chosen.source if chosen is not None and own == "int8" else None
+    facts = GraphFacts(nodes, weights, time.perf_counter() - started, own, islands, sensitive, source)
     to_onnx.release(model)
     return facts
 
@@ -270,7 +271,9 @@ def export_graph(
 def _advice(request: ExportRequest, parity: Parity) -> list[str]:
     advice: list[str] = []
     if any(one.failures() for one in parity.likenesses):
-        if request.precision == "int8":
+        if request.int8_like is not None:
+            advice.append("without --int8-like the layers to leave in fp32 are measured")
+        elif request.precision == "int8":
             advice.append(f"an --int8-error below {request.int8_error:g} leaves more layers in fp32")
         if request.token_downsampling > 1:
             advice.append(f"a --token-downsampling below {request.token_downsampling} leaves more tokens to attend to")

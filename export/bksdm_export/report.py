@@ -23,7 +23,7 @@ class GraphFacts:
     """One exported graph. bytes: of its weights as stored; seconds: that its export took.
 
     precision: of its arithmetic; islands: modules kept fp32 in an fp16 graph; sensitive: layers kept fp32 in an int8
-    one.
+    one; sensitive_of: the bundle in which they were measured, where that is another.
     """
 
     nodes: int
@@ -32,6 +32,7 @@ class GraphFacts:
     precision: str
     islands: tuple[Island, ...] = ()
     sensitive: tuple[Sensitive, ...] = ()
+    sensitive_of: str | None = None
 
 
 def write(
@@ -97,7 +98,9 @@ def brief(figures: Figures) -> Figures:
     """What bundle.json carries: the figures without single cases and requests."""
     return {
         "components": {
-            name: {key: graph[key] for key in ("error", "tolerance", "precision", "islands", "sensitive")}
+            name: {
+                key: graph[key] for key in ("error", "tolerance", "precision", "islands", "sensitive", "sensitive_of")
+            }
             for name, graph in figures["components"].items()
         },
         "pictures": {

@@ -7,6 +7,8 @@ stubs, because its `InferenceServerClient` has one stream at a time and hands it
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -143,6 +145,7 @@ class AsyncClient:
         self._channel = self._target.channel(_aio)
         self._stub = _stubs.GRPCInferenceServiceStub(self._channel)
         self._limits: Limits | None = None
+        self._is_closed = False
 
     async def limits(self) -> Limits:
         """As Client.limits."""
@@ -151,8 +154,9 @@ class AsyncClient:
                 answer = await self._stub.ModelConfig(self._target.config_request(), **self._target.options())
             except grpc.RpcError as error:
                 raise self._target.error(error) from None
-            except grpc.aio.UsageError:  # the channel is closed
-                raise self._target.closed() from None
+            except (grpc.aio.UsageError, asyncio.CancelledError) as error:
+                self._refuse_closed(error)
+                raise
             self._limits = self._target.limits(answer)
         return self._limits
 
@@ -198,18 +202,28 @@ class AsyncClient:
     async def _items(self, request: Any) -> AsyncGenerator[Step | Picture, None]:
         try:
             call = self._stub.ModelStreamInfer(_once(request), **self._target.options())
-        except grpc.aio.UsageError:
-            raise self._target.closed() from None
+        except grpc.aio.UsageError as error:
+            self._refuse_closed(error)
+            raise
         try:
             async for response in call:
                 yield self._target.item(response)
         except grpc.RpcError as error:
             raise self._target.error(error) from None
+        except asyncio.CancelledError as error:
+            self._refuse_closed(error)
+            raise
         finally:
             call.cancel()
 
+    def _refuse_closed(self, error: BaseException) -> None:
+        """Raises GoneError where the client is closed; a closed channel cancels its calls as a task's end does."""
+        if self._is_closed and not _task_is_cancelled():
+            raise self._target.closed() from error
+
     async def close(self) -> None:
-        """Cancel what is under way and hang up."""
+        """Cancel what is under way, in any task, and hang up."""
+        self._is_closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> AsyncClient:
@@ -217,6 +231,11 @@ class AsyncClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _task_is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and sys.version_info >= (3, 11) and task.cancelling() > 0
 
 
 async def _once(request: Any) -> AsyncIterator[Any]:

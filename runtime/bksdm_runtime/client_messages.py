@@ -39,7 +39,7 @@ class UnavailableError(ClientError):
 
 
 class GoneError(ClientError):
-    """There is no server at the address, or it went away under the picture."""
+    """There is no server at the address, it went away under the picture, or this client is closed."""
 
 
 class TimedOutError(ClientError):

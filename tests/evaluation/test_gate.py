@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +16,24 @@ from PIL import Image
 
 from bksdm import checkpoint
 from bksdm.checkpoint import Checkpoint
-from bksdm_evaluation import cli, comparison, gate
-from bksdm_evaluation.artists import CheckpointArtist, Settings
+from bksdm_evaluation import cli, comparison, gate, intervals
+from bksdm_evaluation.artists import BundleArtist, CheckpointArtist, Settings
 from bksdm_evaluation.captions import Caption, Captions
 from bksdm_evaluation.feature_set import Accumulator, FeatureSet, FeatureSetError
 from bksdm_evaluation.generation import Job, generate
 from bksdm_evaluation.picture_sets import generated
 from bksdm_evaluation.protocol import CLEAN
 from bksdm_evaluation.scores import Networks
+from bksdm_runtime import bundle as bundles
+from bksdm_runtime.bundle import Bundle
+from bksdm_runtime.engine import EngineSettings
+from bksdm_runtime.pipeline import Pipeline
 
 THINGS = "apple,hot dog,crab,shamrock,owl,cherries,cactus,pizza,fox,tulip,penguin,carrot,snail,frog,croissant,whale"
 CAPTIONS = Captions(
     tuple(Caption(f"{i:02d}", f"a {thing}, 3d icon") for i, thing in enumerate(THINGS.split(","))), "c.txt", "ab" * 32
 )
+EXPORT = "from bksdm_export.cli import main; main()"
 JOB = Job(CAPTIONS, Settings(steps=10, guidance_scale=2.0, batch_size=16), CLEAN, seed=0, size=128)
 
 
@@ -62,21 +69,22 @@ def judged(exact: Path, tmp_path: Path) -> Callable[[Checkpoint], dict[str, bool
     return judged
 
 
-def halved(module: torch.nn.Module) -> None:
-    """fp16 arithmetic, as a GPU has it; what overflows is infinite, or, saturated, the largest half."""
-    forward = module.forward
-    module.half()
-
-    def half(sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, **others: object) -> tuple:
-        return tuple(one.float() for one in forward(sample.half(), timestep, context.half(), **others))
-
-    module.forward = half
+def by_bundle(bundle: Bundle | Path, exact: Path, folder: Path) -> dict[str, bool | None]:
+    generate(BundleArtist(Pipeline.open(bundle, EngineSettings(backend="onnxruntime", threads=1))), JOB, folder)
+    return verdict(exact, folder)
 
 
-def test_true_half_precision_passes(judged: Callable[[Checkpoint], dict[str, bool | None]]) -> None:
-    model = checkpoint.load("demo")
-    halved(model.unet)
-    answers = judged(model)
+def test_an_exported_bundle_passes(exact: Path, tmp_path: Path) -> None:
+    answers = by_bundle(bundles.demo(), exact, tmp_path / "pictures")
+    assert set(answers.values()) == {True}, answers
+
+
+@pytest.mark.slow
+def test_a_true_fp16_bundle_passes(exact: Path, tmp_path: Path) -> None:
+    """In its own arithmetic, which ONNX Runtime has on a CPU too."""
+    command = ["--weights", "demo", "--precision", "fp16", "-o", str(tmp_path / "fp16")]
+    assert subprocess.run([sys.executable, "-c", EXPORT, *command], check=False).returncode == 0
+    answers = by_bundle(tmp_path / "fp16", exact, tmp_path / "pictures")
     assert set(answers.values()) == {True}, answers
 
 
@@ -164,8 +172,28 @@ def test_a_reference_that_was_prepared_otherwise_is_refused() -> None:
     pairs = gate.Pairs([], np.empty(0), np.empty(0), {})
     compared = comparison.Compared(pairs, (of("clean"), of("clean")), None)
     assert "kid" in comparison.differences_of_scores(compared, of("clean"))
-    with pytest.raises(FeatureSetError, match="the reference was prepared as"):
+    with pytest.raises(
+        FeatureSetError,
+        match=r"the reference was prepared otherwise \(protocol is published of the reference and clean of",
+    ):
         comparison.differences_of_scores(compared, of("published"))
+
+
+@pytest.mark.parametrize(("count", "passed"), [(10_079, None), (10_080, True)])
+def test_few_pictures_say_nothing_of_the_inception_score(count: int, passed: bool | None) -> None:
+    pairs = gate.Pairs(["a"] * count, np.full(count, 50.0), np.zeros(count), {})
+    scores = (np.full(10, 1.0), np.full(10, 1.01))
+    found = comparison.differences_of_scores(comparison.Compared(pairs, None, None, scores), None)
+    assert found["inception score"].value == pytest.approx(0.01)
+    *_, asked = gate.judge(pairs, {}, found, gate.Bounds())
+    assert (asked.what, asked.passed) == ("difference of inception score", passed)
+
+
+def test_a_score_that_is_no_number_fails() -> None:
+    pairs = gate.Pairs(["a"], np.array([50.0]), np.zeros(1), {})
+    nan = intervals.Interval(float("nan"), float("nan"), float("nan"), "")
+    *_, asked = gate.judge(pairs, {}, {"fid": nan}, gate.Bounds())
+    assert asked.passed is False
 
 
 def test_psnr_and_looks_are_their_formulas() -> None:

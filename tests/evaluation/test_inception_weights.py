@@ -70,7 +70,7 @@ def test_a_file_scores_what_it_did_before_it_was_saved(file: Path) -> None:
     assert len(loaded.sha256) == 64
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", "other", "list"])
+@pytest.mark.parametrize("content", [b"", b".", b"junk", "other", "list"])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "weights.pth"
     if isinstance(content, bytes):
@@ -89,7 +89,7 @@ def test_scores_and_a_comparison_by_it(
     assert run(monkeypatch, "statistics", b, *words, "-o", tmp_path / "real.npz") == 0
     reference = ["--reference", tmp_path / "real.npz"]
     assert run(monkeypatch, "score", a, *words, *reference, "--metrics", "kid,is", "-o", tmp_path / "s.json") == 0
-    assert "IS 1." in capsys.readouterr().out
+    assert "(biased: too few pictures) (not by the published weights)" in capsys.readouterr().out
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["network"] == load(file).sha256
     assert set(found["scores"]) == {"kid", "inception_score"}
@@ -97,14 +97,52 @@ def test_scores_and_a_comparison_by_it(
     assert run(monkeypatch, "compare", a, a, "--inception-score", *words, "-o", tmp_path / "c.json") == 0
     verdict = json.loads((tmp_path / "c.json").read_text())
     asked = {one["what"]: one["passed"] for one in verdict["questions"]}
-    assert asked["difference of inception score"] is True
+    assert asked["difference of inception score"] is None  # of so few it tells nothing
     assert verdict["scores"]["inception score"]["value"] == 0
+    assert verdict["classes_network"] == load(file).sha256
+    told = capsys.readouterr().out
+    assert "12 pairs are too few to tell: difference of inception score" in told
     with torch.no_grad():
         other = load(file)
         other.fc.weight.add_(1)
         torch.save(other.state_dict(), tmp_path / "other.pth")
     assert run(monkeypatch, "score", a, "--inception", tmp_path / "other.pth", "--size", 32, *reference) == 1
-    assert "the reference was prepared as" in capsys.readouterr().err
+    assert "the reference was prepared otherwise (network is " in capsys.readouterr().err
+
+
+def test_weights_that_are_no_numbers_are_refused(file: Path, tmp_path: Path) -> None:
+    network = load(file)
+    network.fc.bias[3] = float("nan")
+    torch.save(network.state_dict(), tmp_path / "nan.pth")
+    with pytest.raises(ScoreError, match=r"holds NaN or infinity, in fc\.bias first"):
+        load(tmp_path / "nan.pth")
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (["compare", "a", "b"], "--inception is of --reference and of --inception-score, and neither is asked"),
+        (["score", "a", "--metrics", "clip"], "--inception is of fid, kid and is, and asked is clip"),
+        (["score", "a", "--metrics", "is", "--reference", "b"], "--reference is of fid and kid, and asked is is"),
+    ],
+)
+def test_options_without_use_are_misuse(
+    command: list[str], why: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert run(monkeypatch, *command, "--inception", file) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_logits_are_torch_fidelitys(file: Path) -> None:
+    """Where it is installed; its import needs torchvision. Once with a stand-in for that: 8e-7 of values to 0.96."""
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", exc_type=(ImportError, RuntimeError))
+    network = fidelity.FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["logits_unbiased"], feature_extractor_weights_path=str(file)
+    ).eval()
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64)).astype(np.uint8)
+    with torch.no_grad():
+        (expected,) = network(torch.from_numpy(pictures))
+    np.testing.assert_allclose(logits(load(file), pictures), expected.numpy(), rtol=0, atol=1e-5)
 
 
 def test_ten_splits_need_ten_pictures(

@@ -21,6 +21,17 @@ def test_the_interval_of_a_mean_holds_it_as_often_as_it_says() -> None:
     assert LEVEL == 0.99
 
 
+def test_the_interval_over_splits_is_students() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(0).normal(0.3, 0.2, 10)
+    found = intervals.of_splits(values)
+    low, high = stats.t.interval(LEVEL, 9, values.mean(), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-4)  # of a quantile of five digits
+    assert found.value == pytest.approx(values.mean())
+    with pytest.raises(ValueError, match="of 10 splits, found 9"):
+        intervals.of_splits(values[:9])
+
+
 def test_a_difference_of_kid_is_that_of_two_kids_and_its_jackknife_is_brute_force() -> None:
     a, reference = RANDOM.normal(size=(20, 6)), RANDOM.normal(0.3, 1, (30, 6))
     b = a + RANDOM.normal(0, 0.2, a.shape)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from bksdm_export import likeness, sensitivity
+from bksdm_export import int8_choice, likeness, sensitivity
 from bksdm_export.cli import run
 from bksdm_export.errors import ExportError
 from bksdm_export.graphs import INT8_ERROR
@@ -167,7 +167,11 @@ def test_a_choice_is_taken_over_without_measuring(cases: list[Case], monkeypatch
     [
         (None, "cannot be read: No such file"),
         ("{", "is no report of an export: JSONDecodeError"),
-        ('{"components": {"unet": {}}}', "is no report of an export: KeyError 'precision'"),
+        ("[]", "is no report of an export: TypeError"),
+        (
+            '{"components": {"unet": {}}}',
+            "is of an older bksdm-export, which did not say enough: export that bundle again",
+        ),
         ('{"components": {"unet": {"precision": "fp32"}}}', "is of an export without int8"),
     ],
 )
@@ -315,6 +319,11 @@ def test_a_bundle_like_another_keeps_the_same_layers(
         for folder in (other, made)
     ]
     assert kept[0] == kept[1]
+    graphs = json.loads((made / "parity.json").read_text())["components"]
+    assert graphs["unet"]["sensitive_of"].startswith("bundle (parity.json ")
+    assert graphs["text_encoder"]["sensitive_of"] is None
+    again = int8_choice.read(made)  # what it took over is still the first one's
+    assert again["unet"].source == graphs["unet"]["sensitive_of"]
     assert bundles.load(made).manifest.precision == "int8"
 
 

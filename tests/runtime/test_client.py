@@ -306,6 +306,20 @@ def test_closing_a_client_ends_what_other_threads_wait_for() -> None:
             waiting.result(10)
 
 
+def test_closing_an_async_client_ends_what_other_tasks_wait_for() -> None:
+    async def main(server: StandIn) -> None:
+        client = AsyncClient(server.address)
+        waiting = asyncio.create_task(client.draw("a"))
+        while not server.asked:
+            await asyncio.sleep(0.02)
+        await client.close()
+        with pytest.raises(GoneError, match="this client is closed"):
+            await asyncio.wait_for(waiting, 10)
+
+    with standing_in(never_ends) as server:
+        asyncio.run(main(server))
+
+
 def test_a_closed_client_says_that_it_is() -> None:
     async def after_closing(address: str) -> None:
         client = AsyncClient(address)
