@@ -103,7 +103,8 @@ def _scores(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
                 f"{one['pictures']:,}",
                 _with_error(found.get("kid"), "value", "standard_error", 5),
                 _fid(found.get("fid")),
-                _with_error(found.get("inception_score"), "mean", "deviation", 2),
+                _with_error(found.get("inception_score"), "mean", "deviation", 2)
+                + " (biased)" * found.get("inception_score", {}).get("biased", False),
                 _clip(found.get("clip")),
                 "" if known is None else f"{known.unet_params / 1e6:.0f}",
                 "" if known is None else f"{known.macs / 1e9:.0f}",

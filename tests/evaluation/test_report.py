@@ -23,7 +23,7 @@ SCORES: dict[str, Any] = {
     "scores": {
         "kid": {"value": 0.00712, "standard_error": 0.0003},
         "fid": {"value": 17.31, "biased": False},
-        "inception_score": {"mean": 31.2, "deviation": 0.4},
+        "inception_score": {"mean": 31.2, "deviation": 0.4, "biased": False},
         "clip": {"value": 0.2671, "network": "<ViT>"},
     },
     "label": None,
