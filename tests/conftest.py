@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-# No test may ask the Hub: where none can be reached, its clients try again for a minute. Read when they are imported.
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 if TYPE_CHECKING:
     from bksdm.checkpoint import Checkpoint

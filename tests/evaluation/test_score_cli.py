@@ -162,7 +162,11 @@ def test_protocols_are_not_mixed(run, tmp_path: Path) -> None:
         (["-o", "gone/scores.json"], 2, "is not a folder"),
     ],
 )
-def test_misuse_is_one_sentence(run, tmp_path: Path, words: list[str], code: int, why: str) -> None:
+def test_misuse_is_one_sentence(
+    run, tmp_path: Path, words: list[str], code: int, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Asked for the network's name, the Hub's client would try again for a minute.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     real, drawn = fill(tmp_path / "real", 9), fill(tmp_path / "drawn", 6)
     reference = [] if "--metrics" in words else ["--reference", real]
     found, out, err = run("score", drawn, *reference, "--size", 32, *words)

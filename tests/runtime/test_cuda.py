@@ -73,7 +73,7 @@ def test_a_batch_an_init_image_and_one_picture_after_another(toy_bundle: Path) -
     batch = [replace(PLAIN, seed=seed, guidance_scale=scale) for seed, scale in ((1, 3.0), (2, 7.5), (3, 12.0))]
     drawn = replace(PLAIN, init_image=picture, strength=0.5, sampler="dpmsolver++")
     for requests in (batch, [drawn], [PLAIN], [replace(PLAIN, steps=3)], batch):
-        assert differ(device, host, *requests) < 2e-6  # measured: 3.3e-7 at most
+        assert differ(device, host, *requests) < 1e-5  # measured: 3.3e-7 at most, without AVX-512 2.2e-6
 
 
 @pytest.mark.parametrize("changes", CACHED.values(), ids=CACHED)
