@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bksdm_evaluation.generation import differences
 from bksdm_evaluation.statistics import Statistics
 
 SAMPLE = 10_000  # pictures; their 2048 features are 82 MB as float32
@@ -70,11 +71,7 @@ class FeatureSet:
     def refuse_other(self, reference: FeatureSet) -> None:
         """Raises FeatureSetError where the reference was prepared otherwise: no distance to it means anything."""
         if self.said != reference.said:
-            apart = [
-                f"{key} is {reference.said.get(key)} of the reference and {self.said.get(key)} of the pictures"
-                for key in sorted({*reference.said, *self.said})
-                if reference.said.get(key) != self.said.get(key)
-            ]
+            apart = differences(reference.said, self.said)
             raise FeatureSetError(
                 f"the reference was prepared otherwise ({'; '.join(apart)}): take bksdm-eval statistics with the same "
                 "--protocol, --size and --inception"

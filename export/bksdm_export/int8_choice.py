@@ -1,7 +1,7 @@
 """Which layers an earlier int8 bundle keeps in fp32, for an export that takes its word (`--int8-like`).
 
-What int8 costs each layer takes most of an export's time, and says nearly the same of a model and of its fine-tunes.
-Layers are told by their names alone. Whatever is taken over, the new bundle is judged by its own pictures.
+What int8 costs each layer takes most of an export's time to measure. Layers are told by their names alone; whether
+another model's choice serves this one is not assumed: the new bundle is judged by its own pictures.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def test_a_reference_that_was_prepared_otherwise_is_refused() -> None:
     assert "kid" in comparison.differences_of_scores(compared, of("clean"))
     with pytest.raises(
         FeatureSetError,
-        match=r"the reference was prepared otherwise \(protocol is published of the reference and clean of",
+        match=r"the reference was prepared otherwise \(protocol is published there, clean here",
     ):
         comparison.differences_of_scores(compared, of("published"))
 

@@ -139,9 +139,7 @@ def test_protocols_are_not_mixed(run, tmp_path: Path) -> None:
     run("statistics", real, "--size", 32, "--protocol", "published", "-o", tmp_path / "real.npz")
     code, _, err = run("score", drawn, "--reference", tmp_path / "real.npz", "--size", 32)
     assert code == 1
-    assert (
-        "the reference was prepared otherwise (protocol is published of the reference and clean of the pictures)" in err
-    )
+    assert "the reference was prepared otherwise (protocol is published there, clean here)" in err
     said = {"protocol": "published", "size": 32, "steps": 3}
     (drawn / "generation.json").write_text(json.dumps(said))
     code, _, err = run("score", drawn, "--reference", real, "--size", 32, "--protocol", "clean")
