@@ -22,8 +22,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 PNG = b"\x89PNG\r\n\x1a\n"
-# For what the server answers from memory; the picture has --timeout.
-QUICK = 5.0
 POLL = 0.5
 # The core's own counter, beside Triton's: those of Triton count requests that were turned away as done, too (2.51).
 WORK = "bksdm_stage_count"
@@ -38,10 +36,11 @@ class LateError(Exception):
 
 
 class Server:
-    """A Triton server's HTTP side. address, metrics: as http://host:port."""
+    """A Triton server's HTTP side. address, metrics: http://host:port. quick: seconds for what it has in memory."""
 
-    def __init__(self, address: str, metrics: str, model: str) -> None:
+    def __init__(self, address: str, metrics: str, model: str, quick: float) -> None:
         self._address, self._metrics, self._model = _host_and_port(address), _host_and_port(metrics), model
+        self._quick = quick
 
     def smallest(self) -> tuple[int, int] | None:
         """Width and height of the smallest size that the model serves; None where its configuration names none.
@@ -84,9 +83,9 @@ class Server:
 
     def _known(self, address: tuple[str, int], path: str) -> tuple[int, bytes]:
         try:
-            status, text = _ask(address, path, QUICK)
+            status, text = _ask(address, path, self._quick)
         except LateError:
-            raise DeadError(f"{path} did not answer within {QUICK:g} s") from None
+            raise DeadError(f"{path} did not answer within {self._quick:g} s") from None
         if status != 200:
             _read(status, text)
         return status, text
@@ -163,9 +162,12 @@ def main() -> None:
     parser.add_argument("--prompt", default="a red apple", help="%(default)s")
     parser.add_argument("--steps", type=int, default=1, help="%(default)s")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that the picture may take (%(default)s)")
+    parser.add_argument(
+        "--answer-timeout", type=float, default=5.0, help="seconds for what it answers from memory, each (%(default)s)"
+    )
     options = parser.parse_args()
     try:
-        server = Server(options.url, options.metrics_url, options.model)
+        server = Server(options.url, options.metrics_url, options.model, options.answer_timeout)
     except ValueError as error:
         parser.error(str(error))
     try:

@@ -91,8 +91,8 @@ def triton() -> Iterator[Triton]:
         thread.join()
 
 
-def run(address: str, *flags: str, timeout: str = "0.6") -> tuple[int, str]:
-    """Exit code and stderr; stdout stays empty."""
+def run(address: str, *flags: str, timeout: str = "60", quick: str = "60") -> tuple[int, str]:
+    """Exit code and stderr; stdout stays empty. Long waits: a busy machine may stop the stand-in for seconds."""
     command = [
         sys.executable,
         "-I",
@@ -103,9 +103,11 @@ def run(address: str, *flags: str, timeout: str = "0.6") -> tuple[int, str]:
         address,
         "--timeout",
         timeout,
+        "--answer-timeout",
+        quick,
         *flags,
     ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.stdout == ""
     return ended.returncode, ended.stderr
 
@@ -168,7 +170,10 @@ def test_a_full_server_whose_core_works_is_alive(triton: Triton) -> None:
 
 def test_a_full_server_whose_core_does_nothing_is_dead(triton: Triton) -> None:
     triton.infer = lambda: FULL
-    assert run(triton.address) == (1, "liveness: the server is full, and the core did no step meanwhile\n")
+    assert run(triton.address, timeout="0.6") == (
+        1,
+        "liveness: the server is full, and the core did no step meanwhile\n",
+    )
 
 
 def slow() -> tuple[int, object]:
@@ -178,14 +183,22 @@ def slow() -> tuple[int, object]:
 
 def test_a_server_that_hangs_is_dead(triton: Triton) -> None:
     triton.infer = slow
-    assert run(triton.address) == (1, "liveness: no picture within 0.6 s, and the core did no step meanwhile\n")
+    assert run(triton.address, timeout="0.6") == (
+        1,
+        "liveness: no picture within 0.6 s, and the core did no step meanwhile\n",
+    )
 
 
 def test_a_slow_server_whose_core_works_is_alive(triton: Triton) -> None:
     triton.infer = slow
     numbers = iter(range(3, 100))
     triton.steps = lambda: next(numbers)
-    assert run(triton.address) == (0, "")
+    assert run(triton.address, timeout="0.6") == (0, "")
+
+
+def test_a_server_that_answers_nothing_at_all_is_dead(triton: Triton) -> None:
+    triton.steps = lambda: slow()[0]
+    assert run(triton.address, quick="0.4") == (1, "liveness: /metrics did not answer within 0.4 s\n")
 
 
 def test_an_address_that_is_none_is_misuse() -> None:
