@@ -98,9 +98,8 @@ def generate(
 def _artist(
     bundle: Path | None, checkpoint: str | None, unet: str | None, backend: str, kind: str, threads: int | None
 ) -> Artist:
-    from bksdm_evaluation.artists import BundleArtist, CheckpointArtist
-
     if checkpoint is None:
+        from bksdm_evaluation.artists import BundleArtist
         from bksdm_runtime.engine import EngineSettings
         from bksdm_runtime.pictures import find_bundle
         from bksdm_runtime.pipeline import Pipeline
@@ -108,6 +107,7 @@ def _artist(
         return BundleArtist(Pipeline.open(find_bundle(bundle)[0], EngineSettings(backend, threads=threads)))
     from bksdm import checkpoint as checkpoints
     from bksdm_evaluation import devices
+    from bksdm_evaluation.checkpoint_artist import CheckpointArtist
 
     loaded = checkpoints.load(checkpoint, unet=unet)
     devices.move(loaded, device(kind, threads))

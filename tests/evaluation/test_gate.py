@@ -17,8 +17,9 @@ from PIL import Image
 from bksdm import checkpoint
 from bksdm.checkpoint import Checkpoint
 from bksdm_evaluation import cli, comparison, gate, intervals
-from bksdm_evaluation.artists import BundleArtist, CheckpointArtist, Settings
+from bksdm_evaluation.artists import BundleArtist, Settings
 from bksdm_evaluation.captions import Caption, Captions
+from bksdm_evaluation.checkpoint_artist import CheckpointArtist
 from bksdm_evaluation.feature_set import Accumulator, FeatureSet, FeatureSetError
 from bksdm_evaluation.generation import Job, generate
 from bksdm_evaluation.picture_sets import generated

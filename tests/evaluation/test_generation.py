@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from bksdm import checkpoint
-from bksdm_evaluation.artists import BundleArtist, CheckpointArtist, Noise, Pixels, Settings
+from bksdm_evaluation.artists import BundleArtist, Noise, Pixels, Settings
 from bksdm_evaluation.captions import Caption, Captions
+from bksdm_evaluation.checkpoint_artist import CheckpointArtist
 from bksdm_evaluation.generation import GENERATION, LISTING, GenerationError, Job, generate, pending
 from bksdm_evaluation.protocol import CLEAN, PUBLISHED
 from bksdm_evaluation.shards import Shard

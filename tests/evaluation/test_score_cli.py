@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,6 +173,22 @@ def test_misuse_is_one_sentence(
     assert (found, out) == (code, "")
     assert why in err
     assert "Traceback" not in err
+
+
+def test_a_bundle_is_drawn_without_torch(tmp_path: Path) -> None:
+    """Importing it and diffusers took longer than the demo's pictures."""
+    (tmp_path / "c.txt").write_text("a red apple\n")
+    script = (
+        "import sys; from bksdm_evaluation.cli import main\n"
+        "try: main()\n"
+        "finally: print(*{'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    )
+    words = ["generate", "--captions", "c.txt", "--steps", "1", "--backend", "onnxruntime", "--threads", "1", "-o", "o"]
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[1:] == ["o", ""]
 
 
 def test_generate_refuses_what_does_not_go_together(run, tmp_path: Path) -> None:
