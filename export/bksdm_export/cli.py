@@ -176,8 +176,9 @@ def command(
 
         from bksdm.errors import CheckpointError
         from bksdm_export.errors import ExportError
-        from bksdm_export.recipe import ExportRequest, export_variant
+        from bksdm_export.recipe import export_variant
         from bksdm_export.report import table
+        from bksdm_export.request import ExportRequest
         from bksdm_export.tensorrt_versions import MissingLibrary
         from bksdm_export.to_tensorrt import BuildRequest, build_engines, can_build
         from bksdm_export.triton_repository import RepositoryRequest, check_repository, write_repository

@@ -14,7 +14,8 @@ from bksdm.checkpoint import Checkpoint
 from bksdm.packages import PackageError
 from bksdm.perceptual import Lpips
 from bksdm_evaluation import gate
-from bksdm_evaluation.artists import Artist, BundleArtist, CheckpointArtist, Settings
+from bksdm_evaluation.artists import Artist, BundleArtist, Settings
+from bksdm_evaluation.checkpoint_artist import CheckpointArtist
 from bksdm_evaluation.protocol import CLEAN
 from bksdm_evaluation.retrieval import ScoreError
 from bksdm_evaluation.student import perceptual_distances

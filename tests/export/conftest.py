@@ -14,7 +14,8 @@ from filelock import FileLock
 from bksdm import checkpoint as checkpoints
 from bksdm.checkpoint import Checkpoint
 from bksdm_export import graphs, reference, to_onnx
-from bksdm_export.recipe import ExportRequest, export_variant
+from bksdm_export.recipe import export_variant
+from bksdm_export.request import ExportRequest
 
 # TensorRT-RTX has wheels for x86-64 alone: elsewhere its tests are not there.
 if find_spec("tensorrt_rtx") is None:
@@ -49,14 +50,6 @@ def smallest_folder(build_smallest: Callable[..., Checkpoint], tmp_path_factory:
 
 
 @pytest.fixture(scope="session")
-def mini_folder(mini_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`mini_checkpoint` as a diffusers folder."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "mini"
-    checkpoints.save(mini_checkpoint, folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def mini_reference(mini_checkpoint: Checkpoint) -> reference.Reference:
     """What PyTorch gives for the pictures that an export of the mini compares."""
     facts = graphs.model_facts(mini_checkpoint)
@@ -64,8 +57,16 @@ def mini_reference(mini_checkpoint: Checkpoint) -> reference.Reference:
 
 
 @pytest.fixture(scope="session")
-def exported(mini_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """exported(precision="fp32", storage=None): the mini as a verified bundle. Read-only.
+def smallest_reference(build_smallest: Callable[..., Checkpoint]) -> reference.Reference:
+    """The same of `build_smallest()`, of which `exported` makes bundles."""
+    checkpoint = build_smallest()
+    facts = graphs.model_facts(checkpoint)
+    return reference.make_reference(checkpoint, facts, reference.plan(facts))
+
+
+@pytest.fixture(scope="session")
+def exported(smallest_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """exported(precision="fp32", storage=None): `build_smallest()` as a verified bundle. Read-only.
 
     Each is made once for all processes of a test run.
     """
@@ -77,7 +78,9 @@ def exported(mini_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         output = folder / f"{precision}-{storage or precision}"
         with FileLock(f"{output}.lock"):
             if not output.exists():
-                export_variant(ExportRequest(output, weights=str(mini_folder), precision=precision, storage=storage))
+                export_variant(
+                    ExportRequest(output, weights=str(smallest_folder), precision=precision, storage=storage)
+                )
         return output
 
     return export

@@ -18,11 +18,11 @@ F32 = EngineSettings(backend="openvino", threads=1, arithmetic="f32")
 
 @pytest.mark.parametrize("storage", ["fp32", "fp16"])
 def test_openvino_in_f32_passes_the_parity_that_onnxruntime_passes(
-    exported: Callable[..., Path], mini_reference: Reference, storage: str
+    exported: Callable[..., Path], smallest_reference: Reference, storage: str
 ) -> None:
     pytest.importorskip("openvino", reason="needs openvino: pip install 'bksdm[openvino]'")
     bundle = bundles.load(exported("fp32", storage))
-    for component, cases in mini_reference.cases.items():
+    for component, cases in smallest_reference.cases.items():
         ours, reference = open_engine(bundle, component, F32), open_engine(bundle, component, ORT)
         for case in cases:
             [(name, expected)] = reference(case.inputs).items()
@@ -32,13 +32,13 @@ def test_openvino_in_f32_passes_the_parity_that_onnxruntime_passes(
 
 
 def test_export_verifies_on_onnxruntime_whatever_is_installed(
-    exported: Callable[..., Path], mini_reference: Reference, monkeypatch: pytest.MonkeyPatch
+    exported: Callable[..., Path], smallest_reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[EngineSettings] = []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # openvino is there
     monkeypatch.setattr(
         "bksdm_export.verify.open_engine", lambda *arguments: opened.append(arguments[2]) or open_engine(*arguments)
     )
-    [compared, *_] = verify_component(bundles.load(exported("fp32")), "unet", mini_reference.cases["unet"][:1])
+    [compared, *_] = verify_component(bundles.load(exported("fp32")), "unet", smallest_reference.cases["unet"][:1])
     assert [settings.backend for settings in opened] == ["onnxruntime"]
     assert np.isfinite(compared.error)

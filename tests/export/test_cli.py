@@ -15,7 +15,7 @@ import pytest
 
 from bksdm_export import cli, recipe
 from bksdm_export.errors import ExportError
-from bksdm_export.recipe import ExportRequest
+from bksdm_export.request import ExportRequest
 from bksdm_runtime import bundle as bundles
 
 REPOSITORY = Path(__file__).parents[2]

@@ -11,7 +11,8 @@ import pytest
 from bksdm_evaluation import gate as questions
 from bksdm_export import gate
 from bksdm_export.errors import ExportError
-from bksdm_export.recipe import ExportRequest, export_variant
+from bksdm_export.recipe import export_variant
+from bksdm_export.request import ExportRequest
 
 
 @pytest.fixture

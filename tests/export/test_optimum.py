@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 @pytest.mark.parametrize("index", [1, 3], ids=["guided", "unguided"])
 def test_optimum_draws_the_same_picture(
     exported: Callable[..., Path],
-    mini_reference: Reference,
+    smallest_reference: Reference,
     precision: str,
     storage: str,
     accepted: float,
@@ -33,7 +33,7 @@ def test_optimum_draws_the_same_picture(
 ) -> None:
     pipeline = optimum.ORTStableDiffusionPipeline.from_pretrained(exported(precision, storage))
     pipeline.set_progress_bar_config(disable=True)
-    picture = mini_reference.pictures[index]
+    picture = smallest_reference.pictures[index]
     request = picture.request
     # The noise itself, because diffusers would draw another in fp16.
     shape = (1, 4, request.height // 8, request.width // 8)
@@ -52,9 +52,9 @@ def test_optimum_draws_the_same_picture(
     assert compare_picture(picture, pixels).mean < accepted
 
 
-def test_optimum_encodes_pictures(exported: Callable[..., Path], mini_reference: Reference) -> None:
+def test_optimum_encodes_pictures(exported: Callable[..., Path], smallest_reference: Reference) -> None:
     pipeline = optimum.ORTStableDiffusionPipeline.from_pretrained(exported("fp32"))
-    case = mini_reference.cases["vae_encoder"][0]
+    case = smallest_reference.cases["vae_encoder"][0]
     encoded = pipeline.vae.encode(torch.from_numpy(case.inputs["sample"])).latent_dist.parameters.numpy()
     expected = case.outputs["latent_parameters"]
     assert np.abs(encoded - expected).max() < 2e-5 * np.abs(expected).max()  # measured 2.3e-6

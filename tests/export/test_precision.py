@@ -18,8 +18,9 @@ from bksdm_export import graphs, precision, to_onnx
 from bksdm_export.errors import ExportError
 from bksdm_export.precision import ERROR_LIMIT, Island, find_islands, to_half
 from bksdm_export.ranges import FP16_MAX, Ranges, measure_ranges
-from bksdm_export.recipe import ExportRequest, export_variant
+from bksdm_export.recipe import export_variant
 from bksdm_export.reference import Case, Reference
+from bksdm_export.request import ExportRequest
 from bksdm_export.storage import store
 from bksdm_export.verify import ORT, TOLERANCES
 from bksdm_export.wrappers import wrap
@@ -248,7 +249,7 @@ def test_an_export_lists_its_islands_with_their_figures(
     assert f"{island['peak']:,.0f}" in (folder / "parity.html").read_text()
 
 
-def test_the_mini_needs_no_island(exported: Callable[..., Path]) -> None:
+def test_a_model_of_small_values_needs_no_island(exported: Callable[..., Path]) -> None:
     parity = bundles.load(exported("fp16")).manifest.parity
     components = parity["components"]
     assert isinstance(components, dict)
@@ -261,11 +262,11 @@ def test_the_mini_needs_no_island(exported: Callable[..., Path]) -> None:
     [(64, 64), (72, 104), (128, 128), (256, 200), (1024, 64), pytest.param(512, 512, marks=pytest.mark.exhaustive)],
 )
 def test_fp16_is_finite_and_near_fp32_at_every_size(
-    exported: Callable[..., Path], mini_reference: Reference, height: int, width: int
+    exported: Callable[..., Path], smallest_reference: Reference, height: int, width: int
 ) -> None:
     single, half = bundles.load(exported("fp32")), bundles.load(exported("fp16"))
     generator = np.random.default_rng(0)
-    context = mini_reference.cases["text_encoder"][1].outputs["last_hidden_state"][1:2]
+    context = smallest_reference.cases["text_encoder"][1].outputs["last_hidden_state"][1:2]
     latents = generator.standard_normal((1, 4, height // 8, width // 8)).astype(np.float32)
     for timestep in (1.0, 958.04):
         inputs = {"sample": latents, "timestep": np.array([timestep], np.float32), "encoder_hidden_states": context}
@@ -327,7 +328,7 @@ def near(single: dict, half: dict) -> None:
 
 
 def test_timesteps_stay_fp32_because_fp16_cannot_hold_them(
-    exported: Callable[..., Path], mini_reference: Reference
+    exported: Callable[..., Path], smallest_reference: Reference
 ) -> None:
     """958.04, as Euler asks for it, is 958.0 in fp16; and cos and sin of it in fp16 would be noise."""
     unet = open_engine(bundles.load(exported("fp16")), "unet", ORT)
@@ -358,12 +359,12 @@ def rounded(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def test_fp16_storage_costs_what_rounding_the_weights_costs(
-    exported: Callable[..., Path], build_mini: Callable[..., Checkpoint], mini_reference: Reference
+    exported: Callable[..., Path], build_smallest: Callable[..., Checkpoint], smallest_reference: Reference
 ) -> None:
     """Against PyTorch with the same rounded weights the graph is as exact as any fp32 graph."""
     unet = open_engine(bundles.load(exported("fp32", "fp16")), "unet", ORT)
-    case = mini_reference.cases["unet"][0]
-    exact = wrap(rounded(build_mini()), "unet")
+    case = smallest_reference.cases["unet"][0]
+    exact = wrap(rounded(build_smallest()), "unet")
     with torch.no_grad():
         expected = exact(*(torch.from_numpy(array) for array in case.inputs.values())).numpy()
     found = unet(case.inputs)["out_sample"]

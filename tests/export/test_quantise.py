@@ -20,8 +20,9 @@ from bksdm_export.errors import ExportError
 from bksdm_export.graphs import INT8_ERROR
 from bksdm_export.likeness import Likeness, judge
 from bksdm_export.precision import Sensitive
-from bksdm_export.recipe import ExportRequest, export_variant
+from bksdm_export.recipe import export_variant
 from bksdm_export.reference import Case
+from bksdm_export.request import ExportRequest
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.engine import EngineSettings
 from bksdm_runtime.pipeline import Pipeline

@@ -31,8 +31,10 @@ from bksdm.checkpoint import Checkpoint
 from bksdm.errors import CheckpointError
 from bksdm_export import bundle_files, graphs, recipe, to_onnx
 from bksdm_export.errors import ExportError
-from bksdm_export.recipe import ExportRequest, export_graph, export_variant
+from bksdm_export.graph_writer import export_graph
+from bksdm_export.recipe import export_variant
 from bksdm_export.reference import Reference
+from bksdm_export.request import ExportRequest
 from bksdm_export.verify import CUDA, ORT, Comparison, compare_picture, verify_component
 from bksdm_export.wrappers import wrap
 from bksdm_runtime import bundle as bundles
@@ -78,11 +80,11 @@ def test_parity_figures_are_within_their_tolerances_and_stand_beside_them(
 
 @pytest.mark.parametrize(("precision", "storage"), KINDS)
 def test_the_runtime_draws_pytorchs_pictures(
-    exported: Callable[..., Path], mini_reference: Reference, precision: str, storage: str
+    exported: Callable[..., Path], smallest_reference: Reference, precision: str, storage: str
 ) -> None:
     """Alone, not in the batch that the export verified."""
     pipeline = Pipeline.open(exported(precision, storage), ORT)
-    picture = mini_reference.pictures[2]
+    picture = smallest_reference.pictures[2]
     request = picture.request
     items = pipeline.generate(
         [Request(request.prompt, "", request.seed, request.steps, 7.5, request.height, request.width)]
@@ -92,19 +94,19 @@ def test_the_runtime_draws_pytorchs_pictures(
     assert compare_picture(picture, images.pixels[0]).mean < (0.01 if storage == "fp32" else 0.2)
 
 
-def test_every_license_travels_along(exported: Callable[..., Path], mini_folder: Path) -> None:
+def test_every_license_travels_along(exported: Callable[..., Path], smallest_folder: Path) -> None:
     manifest = bundles.load(exported("fp32")).manifest
-    assert (exported("fp32") / manifest.licence.file).read_text() == (mini_folder / "LICENSE").read_text()
+    assert (exported("fp32") / manifest.licence.file).read_text() == (smallest_folder / "LICENSE").read_text()
     assert manifest.licence.name
 
 
-def test_no_path_of_this_machine_is_in_the_bundle(exported: Callable[..., Path], mini_folder: Path) -> None:
+def test_no_path_of_this_machine_is_in_the_bundle(exported: Callable[..., Path], smallest_folder: Path) -> None:
     for path in exported("fp32").rglob("*"):
         if path.is_file() and path.name not in {
             "bundle.json",
             "parity.html",
         }:  # those name the source that was asked for
-            assert str(mini_folder).encode() not in path.read_bytes(), path
+            assert str(smallest_folder).encode() not in path.read_bytes(), path
             assert b"site-packages" not in path.read_bytes(), path
 
 
@@ -270,11 +272,11 @@ def test_too_little_space_is_refused_before_pytorch_draws(
 
 @pytest.mark.parametrize(("precision", "storage"), KINDS)
 def test_the_expected_size_is_that_of_the_bundle_or_somewhat_more(
-    exported: Callable[..., Path], mini_checkpoint: Checkpoint, precision: str, storage: str
+    exported: Callable[..., Path], build_smallest: Callable[..., Checkpoint], precision: str, storage: str
 ) -> None:
     folder = exported(precision, storage)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    expected = bundle_files.expected_bytes(mini_checkpoint, storage)
+    expected = bundle_files.expected_bytes(build_smallest(), storage)
     assert size < expected < 1.1 * size + 16e6
 
 

@@ -16,7 +16,8 @@ from bksdm import checkpoint as checkpoints
 from bksdm.block_removal import compress
 from bksdm.checkpoint import Checkpoint
 from bksdm.variants import VARIANTS
-from bksdm_export.recipe import ExportRequest, export_variant
+from bksdm_export.recipe import export_variant
+from bksdm_export.request import ExportRequest
 from bksdm_export.step_cache import ShallowUNet, UNetWithFeatures
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.engine import EngineSettings, open_engine

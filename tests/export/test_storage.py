@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from bksdm_export import graphs
-from bksdm_export.recipe import ExportRequest, export_variant
+from bksdm_export.recipe import export_variant
+from bksdm_export.request import ExportRequest
 from bksdm_export.storage import round_weights, store
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime.backends import ort
@@ -140,8 +141,8 @@ def test_openvino_reads_them_alike(exported: Callable[..., Path]) -> None:
     assert np.abs(ours - theirs).max() < 1e-5 * np.abs(ours).max()
 
 
-def test_the_two_graphs_of_a_step_cache_share_int8_weights(mini_folder: Path, tmp_path: Path) -> None:
-    request = ExportRequest(tmp_path / "bundle", weights=str(mini_folder), storage="int8", step_cache=True)
+def test_the_two_graphs_of_a_step_cache_share_int8_weights(smallest_folder: Path, tmp_path: Path) -> None:
+    request = ExportRequest(tmp_path / "bundle", weights=str(smallest_folder), storage="int8", step_cache=True)
     bundle = bundles.load(export_variant(request))
     shallow = onnx.load(bundle.component_path("unet_shallow"), load_external_data=False).graph
     places = {

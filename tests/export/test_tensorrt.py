@@ -49,6 +49,7 @@ from bksdm_export.plan_builder import Job
 from bksdm_export.precision import to_half
 from bksdm_export.profiles import Sizes, Span, profiles, sizes
 from bksdm_export.reference import Reference
+from bksdm_export.request import ExportRequest
 from bksdm_export.tensorrt_versions import Installed, Options
 from bksdm_export.to_tensorrt import BuildRequest, build_engines
 from bksdm_export.verify import verify_component, verify_pictures
@@ -69,7 +70,7 @@ ONE, PIXELS = Span(1, 1, 1), Span(512, 512, 512)
 
 @pytest.fixture
 def bundle(exported: Callable[..., Path], tmp_path: Path) -> Path:
-    """A mini bundle in half precision that a test may build engines in."""
+    """A bundle in half precision that a test may build engines in."""
     return Path(shutil.copytree(exported("fp16"), tmp_path / "bundle"))
 
 
@@ -446,7 +447,7 @@ def _builders(job: Path) -> list[str]:
 def test_an_export_goes_on_to_engines(
     exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def export(request: recipe.ExportRequest, progress: object) -> Path:
+    def export(request: ExportRequest, progress: object) -> Path:
         assert request.precision == "fp16"
         return Path(shutil.copytree(exported("fp16"), request.output, dirs_exist_ok=True))
 
@@ -725,7 +726,7 @@ APPLE = Request("a red apple", "grey", seed=3, steps=8, height=64, width=64)
 
 @pytest.fixture(scope="module", params=FOUND or ["none"])
 def on_plans(request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_path_factory: Any) -> tuple[Path, str]:
-    """The mini with engines for this GPU, 64 to 1024 px, and the backend that runs them."""
+    """`build_smallest()` with engines for this GPU, 64 to 1024 px, and the backend that runs them."""
     folder = Path(shutil.copytree(exported("fp16"), tmp_path_factory.mktemp("engines") / "bundle"))
     side = (Span(64, 64, 1024),)
     build_engines(BuildRequest(folder, request.param, (), (), (Span(1, 1, 2),), side, side, unguided=True))
@@ -734,14 +735,14 @@ def on_plans(request: pytest.FixtureRequest, exported: Callable[..., Path], tmp_
 
 @pytest.mark.gpu
 @on_a_gpu
-def test_a_gpu_gives_what_pytorch_gives(on_plans: tuple[Path, str], mini_reference: Reference) -> None:
+def test_a_gpu_gives_what_pytorch_gives(on_plans: tuple[Path, str], smallest_reference: Reference) -> None:
     folder, backend = on_plans
     opened, settings = bundles.load(folder), EngineSettings(backend=backend)
-    for name, cases in mini_reference.cases.items():
+    for name, cases in smallest_reference.cases.items():
         small = [case for case in cases if len(next(iter(case.inputs.values()))) <= 2]
         for compared in verify_component(opened, name, small, settings):
             assert compared.error < 0.03, (name, compared)
-    for picture in verify_pictures(opened, mini_reference, settings):
+    for picture in verify_pictures(opened, smallest_reference, settings):
         assert picture.mean < 2, picture
 
 

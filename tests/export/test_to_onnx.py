@@ -65,7 +65,12 @@ def unets(build_mini: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPa
             "up_block_types": ["CrossAttnUpBlock2D"] * 3,
         },
         "one head": {**two_stages, "attention_head_dim": 1},
-        "v2": {"use_linear_projection": True, "attention_head_dim": [2, 4, 8, 8], "upcast_attention": True},
+        "v2": {
+            **two_stages,
+            "use_linear_projection": True,
+            "attention_head_dim": [2, 4],
+            "upcast_attention": True,
+        },
     }
     made: dict[str, tuple] = {}
 

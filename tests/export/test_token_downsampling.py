@@ -15,7 +15,8 @@ from PIL import Image, PngImagePlugin
 from bksdm.checkpoint import Checkpoint
 from bksdm_export import cli, likeness
 from bksdm_export.errors import ExportError
-from bksdm_export.recipe import ExportRequest, export_variant
+from bksdm_export.recipe import export_variant
+from bksdm_export.request import ExportRequest
 from bksdm_export.step_cache import ShallowUNet, UNetWithFeatures
 from bksdm_export.token_downsampling import downsample_tokens
 from bksdm_runtime import bundle as bundles
