@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +83,24 @@ def load(folder: Path | str, *, verify: bool = True) -> Bundle:
     read it as its weights); beside those folders, at the top or in engines/, it is ignored. Raises BundleError.
     """
     root = Path(folder)
+    with _named(root):
+        opened = _load(root.resolve())
+        if verify:
+            _verify(opened)
+        return opened
+
+
+def verify(bundle: Bundle) -> None:
+    """Check the SHA-256 of every file of a bundle that was loaded without. Raises BundleError."""
+    with _named(bundle.root):
+        _verify(bundle)
+
+
+@contextmanager
+def _named(root: Path) -> Generator[None]:
+    """Errors with the bundle that they are of."""
     try:
-        return _load(root.resolve(), verify)
+        yield
     except JsonError as error:
         raise BundleError(f"bundle {root}: {error}") from None
     except BundleError as error:
@@ -132,7 +149,18 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _load(root: Path, verify: bool) -> Bundle:
+def _verify(bundle: Bundle) -> None:
+    files = bundle.manifest.files
+    for name, found in _sha256_of(bundle.root, files).items():
+        expected = files[name].sha256
+        if found != expected:
+            raise BundleError(
+                f"{name} was changed or damaged (sha256 {found[:12]}, {MANIFEST_NAME} says {expected[:12]}): "
+                "copy or export the bundle again"
+            )
+
+
+def _load(root: Path) -> Bundle:
     if not root.is_dir():
         raise BundleError("there is no such folder")
     if not (root / MANIFEST_NAME).is_file():
@@ -143,14 +171,6 @@ def _load(root: Path, verify: bool) -> Bundle:
     for name, record in manifest.files.items():
         _check_file(root, name, record)
     _refuse_unlisted(root, manifest)
-    if verify:
-        for name, found in _sha256_of(root, manifest.files).items():
-            expected = manifest.files[name].sha256
-            if found != expected:
-                raise BundleError(
-                    f"{name} was changed or damaged (sha256 {found[:12]}, {MANIFEST_NAME} says {expected[:12]}): "
-                    "copy or export the bundle again"
-                )
     scheduler_text, _ = _read_text(root, SCHEDULER_CONFIG)
     try:
         # diffusers saves DPM-Solver's `lambda_min_clipped` so; the schedule refuses it in any other setting

@@ -146,13 +146,28 @@ class Pipeline:
         self.backend, self.arithmetic, self.threads = unet.backend, unet.arithmetic, unet.threads
 
     @classmethod
-    def open(cls, bundle: Bundle | Path | str, settings: EngineSettings = DEFAULT_SETTINGS) -> Pipeline:
-        """Open a bundle, or the folder of one, whose every file is then verified.
+    def open(
+        cls, bundle: Bundle | Path | str, settings: EngineSettings = DEFAULT_SETTINGS, *, verify: bool = False
+    ) -> Pipeline:
+        """Open a bundle, or the folder of one.
 
-        Where backend "auto" is one on a GPU and that does not start, it is the next one, and the log says so.
-        Raises BundleError, EngineError, MissingBackend.
+        verify: check the SHA-256 of every file of a Bundle that was loaded without, beside the opening, which is then
+        only done when both are; of a folder it is always checked. Where backend "auto" is one on a GPU and that does
+        not start, it is the next one, and the log says so. Raises BundleError, EngineError, MissingBackend.
         """
-        opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle)
+        opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle, verify=False)
+        if isinstance(bundle, Bundle) and not verify:
+            return cls._open_first(opened, settings)
+        with ThreadPoolExecutor(1) as pool:
+            verified = pool.submit(bundles.verify, opened)
+            try:
+                return cls._open_first(opened, settings)
+            finally:  # a damaged file is said as such, not as what a library makes of it
+                verified.result()
+
+    @classmethod
+    def _open_first(cls, opened: Bundle, settings: EngineSettings) -> Pipeline:
+        """On the first backend that starts, of those that `settings` leave open."""
         failed: list[str] = []
         while True:
             chosen = replace(settings, backend=resolve_backend(settings.backend, opened, without=failed))

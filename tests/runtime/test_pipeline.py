@@ -20,6 +20,7 @@ from PIL import Image
 from bksdm_runtime import bundle as bundles
 from bksdm_runtime import pipeline as pipelines
 from bksdm_runtime.batches import batch_limit, unet_bytes
+from bksdm_runtime.bundle import BundleError
 from bksdm_runtime.engine import EngineError, EngineSettings
 from bksdm_runtime.image import ImageError
 from bksdm_runtime.noise import randn
@@ -566,6 +567,35 @@ def test_sample_walks_from_given_noise_and_contexts(pipeline: Pipeline, toy_bund
     assert [timestep for timestep, _ in walked] == list(schedule.timesteps)
     expected, _ = run(pipeline, [Request("a red apple", seed=3, steps=6)])
     np.testing.assert_array_equal(walked[-1][1], expected)
+
+
+def damage(folder: Path, name: str, place: int | slice, content: int | bytes) -> None:
+    """Change bytes of a file of a bundle, whose size stays."""
+    path = folder / name
+    whole = bytearray(path.read_bytes())
+    whole[place] = content
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "content"),
+    [
+        ("unet/model.onnx", -1000, 255),  # a weight: every backend opens it
+        ("unet/model.onnx", slice(0, 64), bytes(64)),  # no backend does
+        ("tokenizer/vocab.json", slice(0, 4), b"oops"),
+    ],
+    ids=["weight", "graph", "tokenizer"],
+)
+def test_every_file_is_verified_beside_the_opening(
+    toy_copy: Path, name: str, place: int | slice, content: int | bytes
+) -> None:
+    damage(toy_copy, name, place, content)
+    opened = bundles.load(toy_copy, verify=False)
+    for bundle, verify in ((toy_copy, False), (opened, True)):
+        with pytest.raises(BundleError, match=f"{name} was changed or damaged"):
+            Pipeline.open(bundle, ONE, verify=verify)
+    if name == "unet/model.onnx" and place == -1000:
+        Pipeline.open(opened, ONE)  # verified by who loaded it, or not at all
 
 
 def test_a_bundle_may_be_given_opened(toy_bundle: Path) -> None:
