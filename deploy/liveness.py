@@ -36,11 +36,14 @@ class LateError(Exception):
 
 
 class Server:
-    """A Triton server's HTTP side. address, metrics: http://host:port. quick: seconds for what it has in memory."""
+    """A Triton server's HTTP side.
 
-    def __init__(self, address: str, metrics: str, model: str, quick: float) -> None:
+    address, metrics: as http://host:port; answer_timeout: seconds for each answer that it has in memory.
+    """
+
+    def __init__(self, address: str, metrics: str, model: str, answer_timeout: float) -> None:
         self._address, self._metrics, self._model = _host_and_port(address), _host_and_port(metrics), model
-        self._quick = quick
+        self._answer_timeout = answer_timeout
 
     def smallest(self) -> tuple[int, int] | None:
         """Width and height of the smallest size that the model serves; None where its configuration names none.
@@ -83,9 +86,9 @@ class Server:
 
     def _known(self, address: tuple[str, int], path: str) -> tuple[int, bytes]:
         try:
-            status, text = _ask(address, path, self._quick)
+            status, text = _ask(address, path, self._answer_timeout)
         except LateError:
-            raise DeadError(f"{path} did not answer within {self._quick:g} s") from None
+            raise DeadError(f"{path} did not answer within {self._answer_timeout:g} s") from None
         if status != 200:
             _read(status, text)
         return status, text

@@ -21,16 +21,13 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from bksdm_evaluation import devices
+from bksdm_evaluation.errors import ClipError
 
 PUBLISHED = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 # open_clip's OPENAI_DATASET_MEAN and _STD, which it trained these weights with, too.
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 _STRAIGHT = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
-
-
-class ClipError(Exception):
-    """A CLIP network that cannot be used; the message is one sentence."""
 
 
 class Clip:

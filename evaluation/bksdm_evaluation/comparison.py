@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from bksdm_evaluation import gate, intervals
-from bksdm_evaluation.clip_score import ClipError
+from bksdm_evaluation.errors import ClipError
 from bksdm_evaluation.feature_set import FeatureSet
 from bksdm_evaluation.gate import Pairs
 from bksdm_evaluation.generation import differences

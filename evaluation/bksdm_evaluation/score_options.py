@@ -24,11 +24,10 @@ LIBRARIES = ("torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-g
 
 def errors() -> tuple[type[Exception], ...]:
     """What a user can cause: one sentence each."""
-    from bksdm.checkpoint import CheckpointError
-    from bksdm.errors import VariantError
+    from bksdm.errors import CheckpointError, VariantError
     from bksdm.packages import PackageError
     from bksdm_evaluation.captions import CaptionsError
-    from bksdm_evaluation.clip_score import ClipError
+    from bksdm_evaluation.errors import ClipError
     from bksdm_evaluation.feature_set import FeatureSetError
     from bksdm_evaluation.generation import GenerationError
     from bksdm_evaluation.picture_files import PicturesError

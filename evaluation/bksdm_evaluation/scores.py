@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from bksdm_evaluation import inception, inception_weights
-from bksdm_evaluation.clip_score import PUBLISHED, Clip, ClipError
+from bksdm_evaluation.clip_score import PUBLISHED, Clip
+from bksdm_evaluation.errors import ClipError
 from bksdm_evaluation.feature_set import FeatureSet, FeatureSetError
 from bksdm_evaluation.inception_score import ENOUGH, Score
 from bksdm_evaluation.picture_files import PicturesError

@@ -12,7 +12,7 @@ from bksdm_export.wrappers import wrap
 from bksdm_runtime.bundle import Bundle
 
 
-def where(request: ExportRequest, bundle: Bundle, reference: Reference, parity: Parity) -> list[str]:
+def first_wrong_node(request: ExportRequest, bundle: Bundle, reference: Reference, parity: Parity) -> list[str]:
     """The first node of the first wrong component where the error appears; nothing if only pictures are wrong.
 
     A search that fails is said, and hides nothing: what is over its tolerance stands before it.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bksdm_export import bundle_files, graphs, int8_choice, memory, report
 from bksdm_export import gate as gates
-from bksdm_export.diagnosis import advice, where
+from bksdm_export.diagnosis import advice, first_wrong_node
 from bksdm_export.errors import ExportError
 from bksdm_export.folder import check_space, resolve, whole_or_nothing
 from bksdm_export.graph_writer import export_graph
@@ -133,7 +133,9 @@ def export_variant(request: ExportRequest, progress: Callable[[str], None] = log
         if failures := parity.failures():
             report.write_failure(page, parity, exported, unproven, "; ".join(failures))
             progress("over tolerance: looking for the node where the error appears")
-            why = "; ".join([*failures, *where(request, bundle, reference, parity), *advice(request, parity)])
+            why = "; ".join(
+                [*failures, *first_wrong_node(request, bundle, reference, parity), *advice(request, parity)]
+            )
             report.write_failure(page, parity, exported, unproven, why)
             raise ExportError(f"the graphs are not PyTorch's: {why} (pictures and figures: {page})")
 

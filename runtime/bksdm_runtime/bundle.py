@@ -38,6 +38,7 @@ __all__ = [  # the schema's names belong to the bundle: writers import them from
     "file_records",
     "file_sha256",
     "load",
+    "verify_weights",
 ]
 
 ENGINES_FOLDER = "engines"  # built on the user's own machine, each with the key that made it; never part of the hashes
@@ -46,6 +47,8 @@ FUSED = "_cuda.onnx"  # end of the name of a graph in ONNX Runtime's own operato
 
 # A real manifest has under 100 kB; past this the file is not one, and is refused unread.
 MAX_MANIFEST_BYTES = 8 * 1024 * 1024
+# A file that is larger and no graph is not parsed but read as numbers: weights, in a file of their own beside a graph.
+_SMALL = 32 * 1024 * 1024
 # Left in any folder by a desktop that looked into it.
 _DESKTOP_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
@@ -76,29 +79,34 @@ class Bundle:
         return fused if fused.relative_to(self.root).as_posix() in self.manifest.files else plain
 
 
-def load(folder: Path | str, *, verify: bool = True) -> Bundle:
+def load(folder: Path | str, *, verify: bool = True, weights: bool = True) -> Bundle:
     """Open a bundle and check all of it: schema, paths, sizes, shapes, and with `verify` the SHA-256 of every file.
 
+    weights: of the large files of weights, too; without, `verify_weights` is left to the caller.
     A file that bundle.json does not list is refused anywhere below a top folder that holds listed files (a graph could
     read it as its weights); beside those folders, at the top or in engines/, it is ignored. Raises BundleError.
     """
     root = Path(folder)
-    with _named(root):
+    with _errors_of(root):
         opened = _load(root.resolve())
         if verify:
-            _verify(opened)
+            names = opened.manifest.files.keys()
+            _verify(opened, names if weights else names - _weights(opened.manifest))
         return opened
 
 
-def verify(bundle: Bundle) -> None:
-    """Check the SHA-256 of every file of a bundle that was loaded without. Raises BundleError."""
-    with _named(bundle.root):
-        _verify(bundle)
+def verify_weights(bundle: Bundle) -> None:
+    """Check the SHA-256 of what `load` leaves out without `weights`. Raises BundleError."""
+    with _errors_of(bundle.root):
+        _verify(bundle, _weights(bundle.manifest))
+
+
+def _weights(manifest: Manifest) -> set[str]:
+    return {name for name, record in manifest.files.items() if record.bytes > _SMALL and not name.endswith(".onnx")}
 
 
 @contextmanager
-def _named(root: Path) -> Generator[None]:
-    """Errors with the bundle that they are of."""
+def _errors_of(root: Path) -> Generator[None]:
     try:
         yield
     except JsonError as error:
@@ -149,15 +157,18 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _verify(bundle: Bundle) -> None:
-    files = bundle.manifest.files
-    for name, found in _sha256_of(bundle.root, files).items():
-        expected = files[name].sha256
-        if found != expected:
-            raise BundleError(
-                f"{name} was changed or damaged (sha256 {found[:12]}, {MANIFEST_NAME} says {expected[:12]}): "
-                "copy or export the bundle again"
-            )
+def _verify(bundle: Bundle, names: Iterable[str]) -> None:
+    for name, found in _sha256_of(bundle.root, sorted(names)).items():
+        _compare(name, found, bundle.manifest)
+
+
+def _compare(name: str, found: str, manifest: Manifest) -> None:
+    expected = manifest.files[name].sha256
+    if found != expected:
+        raise BundleError(
+            f"{name} was changed or damaged (sha256 {found[:12]}, {MANIFEST_NAME} says {expected[:12]}): "
+            "copy or export the bundle again"
+        )
 
 
 def _load(root: Path) -> Bundle:
@@ -166,27 +177,33 @@ def _load(root: Path) -> Bundle:
     if not (root / MANIFEST_NAME).is_file():
         hint = " (a diffusers checkpoint: export it first)" if (root / "model_index.json").is_file() else ""
         raise BundleError(f"it has no {MANIFEST_NAME}{hint}: bksdm-export writes bundles")
-    text, sha256 = _read_text(root, MANIFEST_NAME)
-    manifest = Manifest.from_json(text)
+    content, sha256 = _read(root, MANIFEST_NAME)
+    manifest = Manifest.from_json(_text(content, MANIFEST_NAME))
     for name, record in manifest.files.items():
         _check_file(root, name, record)
     _refuse_unlisted(root, manifest)
-    scheduler_text, _ = _read_text(root, SCHEDULER_CONFIG)
+    content, found = _read(root, SCHEDULER_CONFIG)
+    _compare(SCHEDULER_CONFIG, found, manifest)  # whatever else is verified: it is parsed here
     try:
         # diffusers saves DPM-Solver's `lambda_min_clipped` so; the schedule refuses it in any other setting
-        scheduler_config = parse_object(scheduler_text, minus_infinity=True)
+        scheduler_config = parse_object(_text(content, SCHEDULER_CONFIG), minus_infinity=True)
     except JsonError as error:
         raise BundleError(f"{SCHEDULER_CONFIG}: {error}") from None
     return Bundle(root, manifest, scheduler_config, sha256)
 
 
-def _read_text(root: Path, name: str) -> tuple[str, str]:
+def _read(root: Path, name: str) -> tuple[bytes, str]:
+    """A small file's content and its SHA-256."""
     path = root / name
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{name} is too large to be one ({path.stat().st_size:,} bytes)")
     content = path.read_bytes()
+    return content, hashlib.sha256(content).hexdigest()
+
+
+def _text(content: bytes, name: str) -> str:
     try:
-        return content.decode("utf-8"), hashlib.sha256(content).hexdigest()
+        return content.decode("utf-8")
     except UnicodeDecodeError:
         raise BundleError(f"{name} is not UTF-8 text") from None
 

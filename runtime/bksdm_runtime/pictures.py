@@ -106,19 +106,19 @@ def make(order: Order) -> Generator[Path, None, None]:
     Notices and progress go to stderr. Closing the generator stops between two steps. Raises USER_ERRORS.
     """
     folder, notice = find_bundle(order.bundle)
-    bundle = bundles.load(folder, verify=False)
+    bundle = bundles.load(folder, weights=False)
     model = bundle.manifest.model
     if notice:
         log.warning("%s (%d x %d pixels); --bundle or $BKSDM_BUNDLE picks another", notice, model.width, model.height)
     kept = range(len(order.requests)) if order.keep is None else (order.keep,)
     places = dict(zip(kept, targets(order.output, [order.requests[i] for i in kept]), strict=True))
-    # All that can be refused is refused before the engines open and before anything is written.
+    # All that can be refused, but for damaged weights, is so before the engines open; nothing is written before.
     batches, _ = check(bundle, order.requests, batch_size=order.batch_size)
     evaluations = len(batches[0].schedule.timesteps)  # the same for all of an order
     folders = {place.path.parent for place in places.values()}
     for folder_of_pictures in folders:
         refuse_unwritable(folder_of_pictures)
-    pipeline = Pipeline.open(bundle, order.settings, verify=True)
+    pipeline = Pipeline.open(bundle, order.settings, verify_weights=True)
     _say_what_runs(folder, pipeline)
     log.info("%s", how_exact(order.requests[0], bundle.manifest))
     hashes = _init_image_hashes(order.requests)

@@ -147,23 +147,26 @@ class Pipeline:
 
     @classmethod
     def open(
-        cls, bundle: Bundle | Path | str, settings: EngineSettings = DEFAULT_SETTINGS, *, verify: bool = False
+        cls, bundle: Bundle | Path | str, settings: EngineSettings = DEFAULT_SETTINGS, *, verify_weights: bool = False
     ) -> Pipeline:
-        """Open a bundle, or the folder of one.
+        """Open a bundle, or the folder of one, whose every file is then verified.
 
-        verify: check the SHA-256 of every file of a Bundle that was loaded without, beside the opening, which is then
-        only done when both are; of a folder it is always checked. Where backend "auto" is one on a GPU and that does
-        not start, it is the next one, and the log says so. Raises BundleError, EngineError, MissingBackend.
+        verify_weights: of a Bundle that was loaded without, as of a folder: beside the opening, which takes as long.
+        Where backend "auto" is one on a GPU and that does not start, it is the next one, and the log says so.
+        Raises BundleError, EngineError, MissingBackend.
         """
-        opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle, verify=False)
-        if isinstance(bundle, Bundle) and not verify:
-            return cls._open_first(opened, settings)
+        if isinstance(bundle, Bundle) and not verify_weights:
+            return cls._open_first(bundle, settings)
+        opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle, weights=False)
         with ThreadPoolExecutor(1) as pool:
-            verified = pool.submit(bundles.verify, opened)
+            verified = pool.submit(bundles.verify_weights, opened)
             try:
-                return cls._open_first(opened, settings)
-            finally:  # a damaged file is said as such, not as what a library makes of it
-                verified.result()
+                pipeline = cls._open_first(opened, settings)
+            except Exception:
+                verified.result()  # damaged weights are said as such, not as what a library makes of them
+                raise
+            verified.result()
+            return pipeline
 
     @classmethod
     def _open_first(cls, opened: Bundle, settings: EngineSettings) -> Pipeline:

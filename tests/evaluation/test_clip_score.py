@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from bksdm import checkpoint
-from bksdm_evaluation.clip_score import Clip, ClipError, cleaned
+from bksdm_evaluation.clip_score import Clip, cleaned
+from bksdm_evaluation.errors import ClipError
 from bksdm_evaluation.scoring import ClipMeter
 
 SIZES = [(64, 64), (63, 50), (50, 63), (33, 100), (256, 256), (97, 33), (640, 427)]

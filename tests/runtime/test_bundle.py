@@ -77,6 +77,15 @@ def test_a_flipped_byte_in_any_file_is_found(toy_copy: Path) -> None:
     bundles.load(toy_copy)
 
 
+def test_a_flipped_byte_of_the_schedule_is_found_before_it_is_read(toy_copy: Path) -> None:
+    path = toy_copy / bundles.SCHEDULER_CONFIG
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x81]) + whole[place + 1 :])
+        with pytest.raises(BundleError, match=f"{bundles.SCHEDULER_CONFIG} was changed or damaged"):
+            bundles.load(toy_copy, verify=False)
+
+
 def test_a_flipped_byte_in_the_manifest_is_refused_or_changes_the_hash(toy_copy: Path) -> None:
     path = toy_copy / "bundle.json"
     whole, before = path.read_bytes(), bundles.load(toy_copy).sha256

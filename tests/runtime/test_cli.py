@@ -149,6 +149,22 @@ def test_without_any_bundle_is_one_sentence(bksdm_run: Run, monkeypatch: pytest.
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["unet/model.onnx", "LICENSE"])  # verified before the engines open, and beside that
+def test_a_damaged_bundle_is_one_sentence_and_leaves_nothing(
+    bksdm_run: Run, toy_copy: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bksdm_runtime.bundle._SMALL", 0)
+    content = bytearray((toy_copy / name).read_bytes())
+    content[0] ^= 1
+    (toy_copy / name).write_bytes(content)
+    flags = ("--bundle", toy_copy, "--backend", "onnxruntime", "--threads", 1, "-o", "pictures/x.png")
+    code, out, err = bksdm_run("a", *flags)
+    assert (code, out) == (1, "")
+    assert f"{name} was changed or damaged" in err
+    assert err.count("\n") == 1
+    assert not Path("pictures").exists()
+
+
 def test_verbose_says_what_runs_where(bksdm_run: Run, quick: Sequence[object], toy_bundle: Path) -> None:
     _, _, err = bksdm_run("a", *quick, "-v")
     assert err == f"bksdm-run: {toy_bundle} (toy, fp32) on onnxruntime: f32, 1 thread\nbksdm-run: exact sampling\n"
