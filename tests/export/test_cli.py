@@ -120,18 +120,18 @@ def test_misuse_is_2_failure_is_1_and_both_are_one_sentence(
 
 
 @pytest.mark.usefixtures("faulty_decoder")
-def test_an_export_over_tolerance_is_1_and_one_sentence(
+def test_a_wrong_graph_is_1_and_one_sentence_that_names_the_node_and_keeps_nothing(
     smallest_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "bundle"
-    assert cli.run(["--weights", str(smallest_folder), "-o", str(output)]) == 1
+    assert cli.run(["--weights", str(smallest_folder), "-o", str(tmp_path / "bundle")]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
-    stages = [line for line in printed.err.splitlines() if not line.startswith("[")]
-    assert len(stages) == 1
-    assert stages[0].startswith("bksdm-export: the graphs are not PyTorch's: vae_decoder differs by ")
-    assert "Traceback" not in printed.err
-    assert not output.exists()
+    [said] = [line for line in printed.err.splitlines() if not line.startswith("[")]
+    assert said.startswith("bksdm-export: the graphs are not PyTorch's: vae_decoder differs by ")
+    assert "in vae_decoder the error appears at node decoder.up_blocks.2.resnets.0.conv1/Conv" in said
+    [page] = tmp_path.iterdir()
+    assert page.name == "bundle.failed.html"
+    assert "decoder.up_blocks.2.resnets.0.conv1/Conv" in page.read_text()
 
 
 def test_of_several_optimums_nothing_is_said() -> None:
