@@ -81,10 +81,10 @@ class OvEngine:
         self.component = bundle.manifest.components[component]
         self.arithmetic = arithmetic
         self.threads = threads
+        self.config = _config(arithmetic, threads, settings.pinning)  # what the library compiles with
         self._bundle = bundle
         self._cache = settings.compiled_cache
         self._kept = settings.kept_shapes
-        self._config = _config(arithmetic, threads, settings.pinning)
         self._model: _Model | None = None
         self._compiled: OrderedDict[Shapes, _Ready] = OrderedDict()
         self._compiling = Lock()  # a thread may prepare what another one is about to call
@@ -127,11 +127,11 @@ class OvEngine:
     def _compile(self, shapes: Shapes) -> _Ready:
         entry = None if self._cache is None else self._entry(self._cache, shapes)
         blob = None if entry is None else entry.read()
-        compiled = None if entry is None or blob is None else _import(entry, blob, self._config)
+        compiled = None if entry is None or blob is None else _import(entry, blob, self.config)
         if compiled is None:
             model = self.read()
             model.reshape({spec.name: shape for spec, shape in zip(self.component.inputs, shapes, strict=True)})
-            compiled = cast(_Compiled, _core().compile_model(model, "CPU", self._config))
+            compiled = cast(_Compiled, _core().compile_model(model, "CPU", self.config))
             release(self._bundle.root)  # packed by now: a gigabyte of tiny's that would stay resident beside it
             if entry is not None:
                 entry.write(compiled.export_model().getbuffer())
@@ -150,7 +150,7 @@ class OvEngine:
             library=str(_library.get_version()),
             processor=str(_core().get_property("CPU", "FULL_DEVICE_NAME")),
             capabilities=repr(sorted(_capabilities())),
-            config=repr(sorted(self._config.items())),
+            config=repr(sorted(self.config.items())),
         )
 
 
