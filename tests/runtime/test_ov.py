@@ -111,6 +111,24 @@ def test_a_picture_is_onnxruntimes(demo: Bundle) -> None:
     assert np.abs(ours.astype(int) - reference.astype(int)).mean() < 0.005
 
 
+@pytest.mark.parametrize(
+    ("vendor", "flags", "slow"),
+    [
+        ("GenuineIntel", "avx512_bf16 avx512_fp16", True),
+        ("GenuineIntel", "avx512_bf16 avx512_fp16 amx_bf16 amx_tile", False),
+        ("GenuineIntel", "avx512_bf16", False),  # Cooper Lake, which never had AMX: not measured
+        ("AuthenticAMD", "avx512_bf16 avx512_fp16", False),
+        ("GenuineIntel", "avx2", False),
+    ],
+)
+def test_bf16_is_slow_where_amx_is_hidden(vendor: str, flags: str, slow: bool, tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    block = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\nvmx flags\t: vnmi\n"
+    path.write_text(f"{block}\n{block}\n")
+    assert ov._is_bf16_slow(path) is slow
+    assert not ov._is_bf16_slow(tmp_path / "none")
+
+
 def test_auto_is_bf16_only_where_the_processor_has_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     auto = replace(F32, arithmetic="auto")
     monkeypatch.setattr(ov, "_capabilities", lambda: ["FP32", "INT8"])
@@ -118,7 +136,9 @@ def test_auto_is_bf16_only_where_the_processor_has_it(bundle: Bundle, monkeypatc
     with pytest.raises(EngineError, match=r"this processor has no bf16 arithmetic .*: use f32, or auto"):
         open_engine(bundle, "unet", replace(F32, arithmetic="bf16"))
     monkeypatch.setattr(ov, "_capabilities", lambda: ["FP32", "INT8", "BF16"])
-    assert open_engine(bundle, "unet", auto).arithmetic == "bf16"
+    for slow, expected in ((False, "bf16"), (True, "f32")):
+        monkeypatch.setattr(ov, "_is_bf16_slow", lambda slow=slow: slow)
+        assert open_engine(bundle, "unet", auto).arithmetic == expected
     assert open_engine(bundle, "unet", F32).arithmetic == "f32"
 
 

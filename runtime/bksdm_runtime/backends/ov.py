@@ -157,7 +157,8 @@ class OvEngine:
 def open_component(bundle: Bundle, component: str, settings: EngineSettings) -> OvEngine:
     """Open one component of the bundle. Raises EngineError."""
     has_bf16 = "BF16" in _capabilities()
-    arithmetic = ("bf16" if has_bf16 else "f32") if settings.arithmetic == "auto" else settings.arithmetic
+    fastest = "bf16" if has_bf16 and not _is_bf16_slow() else "f32"
+    arithmetic = fastest if settings.arithmetic == "auto" else settings.arithmetic
     if arithmetic not in ("f32", "bf16"):
         raise EngineError(f"backend 'openvino' computes in f32 or bf16, not in {arithmetic}")
     if arithmetic == "bf16" and not has_bf16:
@@ -194,6 +195,21 @@ def _core() -> Any:
 
 def _capabilities() -> list[str]:
     return cast("list[str]", _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def _is_bf16_slow(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this is one of Intel's processors with AMX (Sapphire Rapids and later) whose AMX a hypervisor hides.
+
+    bf16 is then left to AVX-512, which there has half of f32's speed: measured, docs/cpu-benchmark-no-amx.md. A rule,
+    not a trial of both: a trial's outcome, and so the picture, could change with what else the machine does.
+    """
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines()
+    except OSError:  # no Linux
+        return False
+    facts = {key.strip(): value.split() for key, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", [])
+    return facts.get("vendor_id") == ["GenuineIntel"] and "avx512_fp16" in flags and "amx_bf16" not in flags
 
 
 def _read(path: Path, name: str, component: Component) -> _Model:
