@@ -39,6 +39,7 @@ __all__ = [  # the schema's names belong to the bundle: writers import them from
     "file_sha256",
     "load",
     "verify_weights",
+    "verifying_weights",
 ]
 
 ENGINES_FOLDER = "engines"  # built on the user's own machine, each with the key that made it; never part of the hashes
@@ -99,6 +100,19 @@ def verify_weights(bundle: Bundle) -> None:
     """Check the SHA-256 of what `load` leaves out without `weights`. Raises BundleError."""
     with _errors_of(bundle.root):
         _verify(bundle, _weights(bundle.manifest))
+
+
+@contextmanager
+def verifying_weights(bundle: Bundle) -> Generator[None]:
+    """`verify_weights` beside the block. Damage is said as such, not as what a library in the block made of it."""
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(verify_weights, bundle)
+        try:
+            yield
+        except Exception:
+            verified.result()
+            raise
+        verified.result()
 
 
 def _weights(manifest: Manifest) -> set[str]:

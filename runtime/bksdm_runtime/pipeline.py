@@ -151,22 +151,15 @@ class Pipeline:
     ) -> Pipeline:
         """Open a bundle, or the folder of one, whose every file is then verified.
 
-        verify_weights: of a Bundle that was loaded without, as of a folder: beside the opening, which takes as long.
+        verify_weights: of a Bundle that was loaded without, as of a folder: beside the opening.
         Where backend "auto" is one on a GPU and that does not start, it is the next one, and the log says so.
         Raises BundleError, EngineError, MissingBackend.
         """
         if isinstance(bundle, Bundle) and not verify_weights:
             return cls._open_first(bundle, settings)
         opened = bundle if isinstance(bundle, Bundle) else bundles.load(bundle, weights=False)
-        with ThreadPoolExecutor(1) as pool:
-            verified = pool.submit(bundles.verify_weights, opened)
-            try:
-                pipeline = cls._open_first(opened, settings)
-            except Exception:
-                verified.result()  # damaged weights are said as such, not as what a library makes of them
-                raise
-            verified.result()
-            return pipeline
+        with bundles.verifying_weights(opened):
+            return cls._open_first(opened, settings)
 
     @classmethod
     def _open_first(cls, opened: Bundle, settings: EngineSettings) -> Pipeline:
